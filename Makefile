@@ -1,0 +1,27 @@
+# make run                          set up if needed, then execute notebooks/03_quant.ipynb into out/
+# make run NB=03_quant SCALE=gpu    another notebook, another scale; ARGS="-p seeds 5" for more
+# make test                         set up if needed, then unit tests, hygiene tests, every notebook at tiny
+# make lab                          JupyterLab
+PYTHON ?= python3.11
+NB ?= 03_quant
+SCALE ?= auto
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: setup run test lab
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e ".[dev]" -c constraints.txt
+	touch $@
+
+run: setup
+	mkdir -p out
+	$(BIN)/papermill notebooks/$(NB).ipynb out/$(NB).ipynb -p scale $(SCALE) $(ARGS)
+
+test: setup
+	$(BIN)/pytest --nbval-lax -n 2 --dist loadfile
+
+lab: setup
+	$(BIN)/jupyter lab notebooks

@@ -1,0 +1,115 @@
+"""What attention heads are made of: the softmax and its clipped form, gates, and norms of queries and keys."""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GATES = ("none", "linear", "mlp", "all_heads")
+QK_NORMS = ("none", "layernorm", "rmsnorm")
+
+
+def clipped_softmax(scores: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
+    """Softmax stretched to [gamma, zeta] and clipped to [0, 1]: exact zeros at finite scores.
+
+    clip((zeta - gamma) softmax(scores) + gamma, 0, 1). A head can then do nothing without pushing its
+    scores, and with them the activations below, to extremes. Rows no longer sum to one; clipped entries
+    get no gradient; masked entries (-inf, or the dtype's minimum) come out as exactly zero.
+
+    Args:
+        scores: (..., T, T), scaled and masked.
+        gamma: at most 0; -0.025 for BERT, -12/512 for OPT in the paper. 0 with zeta 1 is the softmax.
+        zeta: at least 1.
+
+    Returns:
+        (..., T, T) in [0, 1], in the dtype of `scores` (computed in float32 for half precision).
+
+    Source: bondarenko2023, Eq 4.
+    """
+    probs = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return ((zeta - gamma) * probs + gamma).clamp(0, 1).to(scores.dtype)
+
+
+class Gate(nn.Module):
+    """A sigmoid gate per head and token, from the input of the attention layer.
+
+    pi = sigmoid(G(x)), multiplied onto the head's output before the heads are joined. `linear`: each
+    head has its own K -> 1 map of its own slice of x; `mlp`: K -> hidden -> 1 with a ReLU; `all_heads`:
+    one D -> H map of the whole x.
+
+    Args:
+        kind: `linear`, `mlp` or `all_heads`.
+        heads, head_width: H and K.
+        hidden: width of the hidden layer of `mlp`.
+        pi_init: the gate's value at a zero input, in (0, 1).
+
+    Source: bondarenko2023, Eq 5-7 and Table 4. Departure: the last bias starts at logit(pi_init) in
+    every variant, as the paper says; the authors' code does so for `linear` only.
+    """
+
+    def __init__(self, kind: str, heads: int, head_width: int, hidden: int, pi_init: float):
+        super().__init__()
+        self.kind = kind
+        if kind == "mlp":
+            self.weight_in = nn.Parameter(_linear_init(head_width, heads, hidden, head_width))
+            self.bias_in = nn.Parameter(_linear_init(head_width, heads, hidden))
+        width = {"linear": head_width, "mlp": hidden, "all_heads": heads * head_width}[kind]
+        self.weight = nn.Parameter(_linear_init(width, heads, width))
+        self.bias = nn.Parameter(torch.full((heads,), math.log(pi_init / (1 - pi_init))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> pi (B, T, H) in (0, 1)."""
+        if self.kind == "all_heads":
+            return torch.sigmoid(F.linear(x, self.weight, self.bias))
+        x = x.unflatten(-1, (self.bias.numel(), -1))  # (B, T, H, K)
+        if self.kind == "mlp":
+            x = F.relu(torch.einsum("bthk,hik->bthi", x, self.weight_in) + self.bias_in)  # (B, T, H, hidden)
+        return torch.sigmoid((x * self.weight).sum(-1) + self.bias)
+
+
+def _linear_init(fan_in: int, *shape: int) -> Tensor:
+    """Uniform within 1/sqrt(fan_in): what nn.Linear does, and the authors' gates with it."""
+    return torch.empty(*shape).uniform_(-(fan_in**-0.5), fan_in**-0.5)
+
+
+class QKNorm(nn.Module):
+    """The norm that the OP block puts on queries and keys, over the head width, with a trainable gain.
+
+    `layernorm` (he2024's OPT and ViT) centres, has a bias, and eps inside the root. `rmsnorm`
+    (he2024's CodeParrot) divides by RMS(x) + eps, with eps outside the root as in the authors' code;
+    torch.nn.RMSNorm has it inside. The gain is shared by the heads of a block.
+    """
+
+    def __init__(self, kind: str, head_width: int, eps: float = 1e-5):
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.ones(head_width))
+        self.bias = nn.Parameter(torch.zeros(head_width)) if kind == "layernorm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., K)."""
+        if self.kind == "layernorm":
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+def register_clipped_softmax(name: str, gamma: float, zeta: float = 1.0) -> None:
+    """Make clipped softmax an attention implementation of transformers: `attn_implementation=name`.
+
+    Works for every Hugging Face model with the attention interface, without surgery on the model.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(name, partial(_interface_forward, gamma=gamma, zeta=zeta))
+    AttentionMaskInterface.register(name, eager_mask)
+
+
+def _interface_forward(module, query, key, value, attention_mask, scaling, gamma, zeta, dropout=0.0, **_):
+    scores = query @ key.transpose(-1, -2) * scaling  # (B, H, T, T)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probs = F.dropout(clipped_softmax(scores, gamma, zeta), dropout, module.training)
+    return (probs @ value).transpose(1, 2).contiguous(), probs  # (B, T, H, K)

@@ -1,0 +1,62 @@
+"""One look for every figure: theme, colours that belong to methods, and saving with provenance."""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from ofutils import params
+from ofutils.records import write_atomically
+
+# Okabe and Ito's palette: told apart also without full colour vision. SOAP is the same hue, dashed.
+COLORS = {
+    "vanilla": "#000000",
+    "clipped softmax": "#E69F00",
+    "gated attention": "#0072B2",
+    "OP": "#009E73",
+    "vanilla + SOAP": "#7F7F7F",
+    "OP + SOAP": "#56B4E9",
+}
+DASHES = {name: (3, 1.5) if "SOAP" in name else (None, None) for name in COLORS}
+
+
+def theme() -> None:
+    """Set the look of all figures that follow."""
+    sns.set_theme(context="notebook", style="ticks", font_scale=0.9)
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+            "savefig.bbox": "tight",
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "axes.titlelocation": "left",
+            "legend.frameon": False,
+        }
+    )
+
+
+def save(fig: Figure, session: params.Session, name: str, points: pd.DataFrame, **provenance) -> Path:
+    """Write a figure under `figures/<notebook>/`: the picture, its points as CSV, its provenance as JSON.
+
+    Args:
+        fig: the figure.
+        session: of the notebook; its provenance goes into the JSON file.
+        name: file name without an ending.
+        points: what is drawn.
+        provenance: more to record, e.g. the corpus' sha256.
+
+    Returns:
+        The path of the picture.
+    """
+    picture = params.out() / "figures" / session.notebook / f"{name}.png"
+    described = json.dumps(session.provenance(**provenance), indent=1) + "\n"
+    write_atomically(picture, lambda path: fig.savefig(path, format="png", metadata={"Software": None}))
+    write_atomically(picture.with_suffix(".csv"), lambda path: points.to_csv(path, index=False, float_format="%.6g"))
+    write_atomically(picture.with_suffix(".json"), lambda path: path.write_text(described))
+    return picture

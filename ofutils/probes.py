@@ -1,0 +1,132 @@
+"""Reading and editing activations at named sites, through forward hooks.
+
+A model names its sites by `model.sites()`: site name -> the module whose output that tensor is. Sites of
+a block are written `blocks.3.resid_post`; a pattern is such a name, the bare name `resid_post` (in every
+block), or a glob such as `blocks.[01].*`.
+
+    hooked(model, {site: function})    the mechanism: read, or return a tensor to put in its place
+    capture(model, patterns)           a dictionary that fills with the tensors of the next forward pass
+    edit(model, patterns, function)    replace the tensor at every matching site
+    measure(model, batches, patterns)  the one evaluation loop: loss and statistics per site
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ofutils import UserError, params
+from ofutils.metrics import Statistics
+
+
+def resolve(model: nn.Module, patterns: str | Iterable[str]) -> list[str]:
+    """The site names that the patterns stand for, in the model's order.
+
+    Raises:
+        UserError: a pattern that matches no site, with the nearest names.
+    """
+    sites, found = model.sites(), set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matches = [name for name in sites if fnmatch.fnmatchcase(name, pattern) or name.split(".")[-1] == pattern]
+        if not matches:
+            known = sorted({name.split(".")[-1] for name in sites})
+            near = params.suggest(pattern.split(".")[-1], known)
+            raise UserError(f"unknown site {pattern!r}{near}; known: {', '.join(known)}")
+        found.update(matches)
+    return [name for name in sites if name in found]
+
+
+@contextmanager
+def hooked(model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor | None]]):
+    """Call a function on the tensor at each named site, for as long as the context is open.
+
+    A function that returns a tensor replaces the site's; one that returns None only reads. The hooks are
+    gone afterwards, also after an exception.
+    """
+    sites = model.sites()
+    handles = []
+    try:
+        for name, function in functions.items():
+            handles.append(sites[name].register_forward_hook(lambda _, __, output, f=function: f(output)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def capture(model: nn.Module, patterns: str | Iterable[str]):
+    """A dictionary, site name -> tensor, that every forward pass inside the context fills anew."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name):
+        def function(x):
+            kept[name] = x.detach()
+
+        return function
+
+    with hooked(model, {name: keep(name) for name in resolve(model, patterns)}):
+        yield kept
+
+
+@contextmanager
+def edit(model: nn.Module, patterns: str | Iterable[str], function: Callable[[Tensor], Tensor]):
+    """Put `function(x)` in the place of x at every matching site."""
+    with hooked(model, dict.fromkeys(resolve(model, patterns), function)):
+        yield
+
+
+@dataclass
+class Measurement:
+    """What `measure` returns: the mean loss over batches (nats), and per site its statistics."""
+
+    loss: float
+    sites: dict[str, Statistics]
+
+    def summary(self) -> dict:
+        """Plain numbers: {"loss": ..., "sites": {name: {metric: value}}}."""
+        return {"loss": self.loss, "sites": {name: stats.summary() for name, stats in self.sites.items()}}
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    patterns: str | Iterable[str] = (),
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Measurement:
+    """Run the model over batches in evaluation mode and collect loss and statistics per site.
+
+    No activation is kept. The model's mode is restored.
+
+    Args:
+        batches: (B, T) token ids each.
+        patterns: sites to watch.
+        loss: (model output, batch) -> 0-d loss; without it the loss is nan.
+
+    Returns:
+        The mean over batches of the loss, and the statistics of each site.
+
+    Raises:
+        UserError: no batches, an unknown site, or a site whose hook never fired.
+    """
+    statistics = {name: Statistics() for name in resolve(model, patterns)}
+    place = next(model.parameters()).device
+    training, losses = model.training, []
+    model.eval()
+    try:
+        with hooked(model, {name: stats.add for name, stats in statistics.items()}):
+            for batch in batches:
+                batch = batch.to(place)
+                output = model(batch)
+                losses.append(float(loss(output, batch)) if loss else float("nan"))
+    finally:
+        model.train(training)
+    if not losses:
+        raise UserError("nothing to measure: no batches")
+    if silent := [name for name, stats in statistics.items() if not stats.rows]:
+        raise UserError(f"site {silent[0]} was watched but never computed")
+    return Measurement(sum(losses) / len(losses), statistics)

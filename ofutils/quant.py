@@ -1,0 +1,310 @@
+"""Simulated post-training quantization: quantizers, range estimators, calibration, and the context.
+
+Uniform, per tensor, static ranges; symmetric weights, asymmetric activations (bondarenko2023, section 5,
+and he2024, Table 2). Values stay floating point: what is simulated is the rounding. The head, the biases
+and the gates stay in full precision, as in the authors' runs (`fp32_head`).
+"""
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ofutils import UserError, params
+from ofutils.probes import hooked
+from ofutils.transformer import Transformer
+
+SCHEMES = ("symmetric", "asymmetric")
+ESTIMATORS = ("minmax", "mse")
+Ends = tuple[Tensor, Tensor]  # (low, high) of a range, 0-d
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integers [low, high], with x ~ scale (integer - zero_point)."""
+
+    scale: Tensor
+    zero_point: Tensor
+    low: int
+    high: int
+
+    def round(self, x: Tensor) -> Tensor:
+        """x rounded (half to even) and clipped to the grid, as floating point of the same dtype."""
+        integers = torch.clamp(torch.round(x / self.scale) + self.zero_point, self.low, self.high)
+        return self.scale * (integers - self.zero_point)
+
+
+def make_grid(low, high, bits: int, scheme: str, like: Tensor | None = None) -> Grid:
+    """The grid that covers a range.
+
+    The range is widened to hold zero. Asymmetric: scale = (high - low) / (2^b - 1) and a rounded zero
+    point. Symmetric: zero point 0; a range with negative values takes [-2^(b-1), 2^(b-1) - 1] with
+    scale = max(-low, high) / (2^(b-1) - 1), one without takes [0, 2^b - 1], unsigned.
+
+    Args:
+        low, high: numbers or 0-d tensors; in x's units.
+        bits: 2 to 16.
+        scheme: `symmetric` or `asymmetric`.
+        like: a tensor whose dtype and device the grid takes; float32 otherwise.
+
+    Source: bondarenko2023, Eq 1, with the released code's handling of edge cases.
+    """
+    if scheme not in SCHEMES:
+        raise UserError(f"unknown scheme {scheme!r}{params.suggest(scheme, SCHEMES)}; known: {', '.join(SCHEMES)}")
+    if not 2 <= bits <= 16:
+        raise UserError(f"bits must lie between 2 and 16, got {bits}")
+    options = {"dtype": like.dtype, "device": like.device} if like is not None else {"dtype": torch.float32}
+    low = torch.as_tensor(low, **options).clamp(max=0.0)
+    high = torch.as_tensor(high, **options).clamp(min=1e-8)
+    if scheme == "asymmetric":
+        top = 2**bits - 1
+        step = (high - low) / top
+        zero_point = torch.clamp(torch.round(-low / step), 0, top)
+        return Grid(step.clamp(min=1e-8), zero_point, 0, top)
+    zero_point = torch.zeros_like(low)
+    if low < 0:
+        top = 2 ** (bits - 1) - 1
+        return Grid((torch.maximum(-low, high) / top).clamp(min=1e-8), zero_point, -top - 1, top)
+    top = 2**bits - 1
+    return Grid((high / top).clamp(min=1e-8), zero_point, 0, top)
+
+
+# ---------------------------------------------------------------------------------------------------
+# range estimators: each returns (low, high), 0-d tensors
+
+
+def minmax_range(x: Tensor) -> Ends:
+    """The smallest and the largest entry, in the dtype of x."""
+    low, high = torch.aminmax(x.detach())
+    return low, high
+
+
+def percentile_range(x: Tensor, percentile: float) -> Ends:
+    """The (100 - p)-th and p-th percentile, interpolated linearly in float64; p in (50, 100]."""
+    ends = np.percentile(x.detach().float().cpu().numpy(), (100 - percentile, percentile))
+    low, high = torch.from_numpy(ends.astype(np.float64))
+    return low, high
+
+
+def mse_range(x: Tensor, bits: int, scheme: str, margin: float = 0.5) -> Ends:
+    """The range, out of a grid of candidates, whose quantization has the least squared error.
+
+    Symmetric: 100 thresholds c up to max|x| + margin, as [-c, c], or [0, c] without negative entries.
+    Asymmetric: both ends on their own, 30 fractions each of [min - margin, max + margin].
+
+    Args:
+        margin: widens the search, in units of x. The authors' code has 0.5, which makes the grid coarse
+            for small weights (16% excess error at 8 bits for a standard deviation of 0.006); 0 is the
+            corrected grid.
+
+    Source: bondarenko2023, Appendix C.4, as its released code searches; the asymmetric search is ours.
+    """
+    lowest, highest = map(float, minmax_range(x))
+    if scheme == "symmetric":
+        reach = max(-lowest, highest) + margin
+        tops = [k * reach / 100 for k in range(1, 101)]
+        candidates = [(-top if lowest < 0 else 0.0, top) for top in tops]
+    else:
+        parts = [k / 30 for k in range(1, 31)]
+        lows = [part * (lowest - margin) for part in parts] if lowest < 0 else [0.0]
+        highs = [part * (highest + margin) for part in parts] if highest > 0 else [0.0]
+        candidates = [(low, high) for low in lows for high in highs]
+
+    def error(ends: tuple[float, float]) -> float:
+        return float((make_grid(*ends, bits, scheme, x).round(x) - x).double().square().sum())
+
+    low, high = torch.tensor(min(candidates, key=error), dtype=torch.float64)
+    return low, high
+
+
+@dataclass
+class RunningRange:
+    """A range that follows its batches: the first sets it, later ones move it by 1 - momentum.
+
+    With `percentile` below 100 the ends are percentiles instead of the extremes. No bias correction: of
+    16 batches at momentum 0.9 the first weighs 0.9^15 = 0.21.
+
+    Source: bondarenko2023, section 5 (running min-max of activations), as its released code does it.
+    """
+
+    momentum: float = 0.9
+    percentile: float = 100.0
+    ends: Ends | None = None
+
+    def update(self, x: Tensor) -> Ends:
+        """Take in one batch; returns the range so far."""
+        new = minmax_range(x) if self.percentile == 100 else percentile_range(x, self.percentile)
+        if self.ends is not None:
+            pairs = zip(new, self.ends, strict=True)
+            new = tuple((1 - self.momentum) * now + self.momentum * before for now, before in pairs)
+        self.ends = new
+        return new
+
+
+def fake_quantize(
+    x: Tensor, bits: int = 8, scheme: str = "symmetric", estimator: str = "minmax", margin: float = 0.5
+) -> Tensor:
+    """x rounded to a b-bit grid over its own range, per tensor; x itself is left alone.
+
+    Args:
+        x: any shape, floating point.
+        bits: 2 to 16.
+        scheme: `symmetric` (weights) or `asymmetric` (activations).
+        estimator: `minmax` or `mse`; `margin` belongs to `mse`.
+
+    Returns:
+        A tensor of the same shape and dtype with at most 2^bits values.
+
+    Source: bondarenko2023, Eq 1.
+    """
+    if estimator not in ESTIMATORS:
+        near = params.suggest(estimator, ESTIMATORS)
+        raise UserError(f"unknown estimator {estimator!r}{near}; known: {', '.join(ESTIMATORS)}")
+    low, high = minmax_range(x) if estimator == "minmax" else mse_range(x, bits, scheme, margin)
+    return make_grid(low, high, bits, scheme, x).round(x)
+
+
+# ---------------------------------------------------------------------------------------------------
+# models
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """How a model is quantized. The defaults are the paper's OPT setting, without percentiles."""
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    weights: str = "mse"  # range estimator of weights: minmax | mse
+    margin: float = 0.5  # of the mse grid; 0 is the corrected grid
+    momentum: float = 0.9  # of the running ranges of activations
+    percentile: float = 100.0  # of activations; 100 is min-max
+    batches: int = 16  # calibration batches
+
+    def __post_init__(self):
+        if self.weights not in ESTIMATORS:
+            raise UserError(f"unknown weights {self.weights!r}; known: {', '.join(ESTIMATORS)}")
+        if not 50 < self.percentile <= 100 or not 0 <= self.momentum < 1 or self.batches < 1:
+            raise UserError(f"bad percentile {self.percentile}, momentum {self.momentum} or batches {self.batches}")
+
+    @property
+    def label(self) -> str:
+        """`W8A8` and the like."""
+        return f"W{self.weight_bits}A{self.activation_bits}"
+
+
+Ranges = dict[str, Ends]
+
+_NORMS = ("norm1", "norm2", "norm_final", "q_norm", "k_norm")
+_ACTIVATIONS = frozenset(
+    {"project_in", "embed_sum", "q", "k", "v", "scores", "probs", "context", "attn_out"}
+    | {"resid_mid", "mlp_act", "mlp_out", "resid_post", "project_out"}
+)
+_EMBEDDINGS = ("embed_tokens", "embed_positions")  # sites where rounding the output is rounding the weight
+
+
+def _activation_sites(model: Transformer) -> list[str]:
+    """Each tensor once: a norm that is not there adds no second rounding of the stream."""
+    chosen = []
+    for name, module in model.sites().items():
+        kind = name.split(".")[-1]
+        if kind in _ACTIVATIONS or (kind in _NORMS and not isinstance(module, nn.Identity)):
+            chosen.append(name)
+    return chosen
+
+
+def _weights(model: Transformer) -> dict[str, nn.Parameter]:
+    """Matrices and norm gains. Embeddings are rounded where they are read, since the head shares them."""
+    chosen = {}
+    for name, module in model.named_modules():
+        gain = name.split(".")[-1] in _NORMS and not isinstance(module, nn.Identity)
+        if isinstance(module, nn.Linear) or gain:
+            chosen[f"{name}.weight"] = module.weight
+    return chosen
+
+
+def _weight_ranges(model: Transformer, settings: QuantSettings) -> Ranges:
+    tensors = {name: weight.data for name, weight in _weights(model).items()}
+    tensors["embed_tokens"] = model.token_embedding.weight.data * model.config.embed_scale
+    tensors["embed_positions"] = model.position_embedding.weight.data
+    if settings.weights == "minmax":
+        return {name: minmax_range(x) for name, x in tensors.items()}
+    return {name: mse_range(x, settings.weight_bits, "symmetric", settings.margin) for name, x in tensors.items()}
+
+
+@contextmanager
+def _rounded_weights(model: Transformer, settings: QuantSettings, ranges: Ranges):
+    """Weights rounded for as long as the context is open; the originals come back to the bit."""
+    originals = {name: weight.data for name, weight in _weights(model).items()}
+    embeddings = {}
+    for site in _EMBEDDINGS:
+        embeddings[site] = lambda x, ends=ranges[site]: make_grid(*ends, settings.weight_bits, "symmetric", x).round(
+            x
+        )
+    try:
+        for name, weight in _weights(model).items():
+            grid = make_grid(*ranges[name], settings.weight_bits, "symmetric", weight.data)
+            weight.data = grid.round(weight.data)
+        with hooked(model, embeddings):
+            yield
+    finally:
+        for name, weight in _weights(model).items():
+            weight.data = originals[name]
+
+
+@torch.no_grad()
+def calibrate(model: Transformer, batches: Iterable[Tensor], settings: QuantSettings) -> Ranges:
+    """The range of every quantized tensor: of weights by their estimator, of activations by running ranges.
+
+    Batches run through the network as quantized so far: weights rounded, and every activation rounded
+    with its range right after it was updated, as the authors' code does.
+
+    Args:
+        batches: (B, T) token ids each, from the training split; all of them are used.
+
+    Returns:
+        Site or weight name -> (low, high).
+    """
+    ranges = _weight_ranges(model, settings)
+    running = {site: RunningRange(settings.momentum, settings.percentile) for site in _activation_sites(model)}
+
+    def follow(site):
+        return lambda x: make_grid(*running[site].update(x), settings.activation_bits, "asymmetric", x).round(x)
+
+    place, training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with (
+            _rounded_weights(model, settings, ranges),
+            hooked(model, {site: follow(site) for site in running}),
+        ):
+            for batch in batches:
+                model(batch.to(place))
+    finally:
+        model.train(training)
+    if any(one.ends is None for one in running.values()):
+        raise UserError("nothing to calibrate on: no batches")
+    return ranges | {site: one.ends for site, one in running.items()}
+
+
+@contextmanager
+def quantized(model: Transformer, settings: QuantSettings, ranges: Ranges):
+    """The model with weights and activations rounded, for as long as the context is open.
+
+    Afterwards, also after an exception, it is the model it was, to the bit. A site may be watched at the
+    same time: what is watched is the rounded tensor, provided that the watching starts inside.
+
+    Args:
+        ranges: from `calibrate` on this model.
+    """
+
+    def rounded(site):
+        return lambda x: make_grid(*ranges[site], settings.activation_bits, "asymmetric", x).round(x)
+
+    sites = _activation_sites(model)
+    if missing := [site for site in sites if site not in ranges]:
+        raise UserError(f"no range for site {missing[0]}: calibrate this model first")
+    with _rounded_weights(model, settings, ranges), hooked(model, {site: rounded(site) for site in sites}):
+        yield model

@@ -1,0 +1,118 @@
+"""Content-addressed records: what was run, what came out, and whether it may be used again.
+
+A record is named by what makes its numbers: the fields of a configuration that differ from their
+defaults, and `NUMERICS`. The same configuration has the same name on every machine; a field added later
+with a default leaves old names as they are.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+
+from ofutils import NUMERICS, UserError
+
+
+def differing(config) -> dict:
+    """The fields of a dataclass (nested ones too) that differ from their defaults, as plain values."""
+    default, found = type(config)(), {}
+    for field in fields(config):
+        value, usual = getattr(config, field.name), getattr(default, field.name)
+        if is_dataclass(value):
+            if inner := differing(value):
+                found[field.name] = inner
+        elif value != usual:
+            found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def digest(kind: str, key: dict, numerics: int = NUMERICS) -> str:
+    """The name of a record: its kind and twelve hexadecimal digits of what identifies it."""
+    text = json.dumps({"kind": kind, "key": key, "numerics": numerics}, sort_keys=True)
+    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call `write(temporary_path)`, then rename: the file is whole or it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where records lie: one JSON file each under `local`, JSON lines of finished ones under `committed`.
+
+    A record is a mapping with `name`, `key` (what identifies it), `numerics`, `environment` (Python,
+    torch, device, the corpus' sha256) and `result`.
+    """
+
+    local: Path
+    committed: Path
+
+    def path(self, kind: str, key: dict) -> Path:
+        """The file of a local record."""
+        return self.local / "records" / f"{digest(kind, key)}.json"
+
+    def write(self, kind: str, key: dict, result: dict, environment: dict) -> dict:
+        """Write a record, whole or not at all, and return it."""
+        record = {"name": digest(kind, key), "key": key, "numerics": NUMERICS}
+        record |= {"environment": environment, "result": result}
+        text = json.dumps(record, indent=1) + "\n"
+        write_atomically(self.path(kind, key), lambda path: path.write_text(text))
+        return record
+
+    def find(self, kind: str, key: dict) -> dict | None:
+        """The record of that name, a local one before a committed one; None where there is none.
+
+        Raises:
+            UserError: a record that is not readable, or whose content belongs to another name.
+        """
+        path = self.path(kind, key)
+        if path.is_file():
+            return _parse(path.read_text(), path, digest(kind, key))
+        return self._committed().get(digest(kind, key))
+
+    def _committed(self) -> dict[str, dict]:
+        found = {}
+        for path in sorted(self.committed.glob("*.jsonl")):
+            for line in path.read_text().splitlines():
+                record = _parse(line, path)
+                found[record["name"]] = record
+        return found
+
+    def export(self, records: list[dict], name: str) -> Path:
+        """Write finished records as JSON lines, to be committed and found on other machines."""
+        path = self.committed / f"{name}.jsonl"
+        text = "".join(json.dumps(record) + "\n" for record in sorted(records, key=lambda r: r["name"]))
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+        return path
+
+
+def _parse(text: str, path: Path, name: str | None = None) -> dict:
+    try:
+        record = json.loads(text)
+        kind = record["name"].rpartition("-")[0]
+        true_name = digest(kind, record["key"], record["numerics"])
+        whole = {"environment", "result"} <= record.keys()
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"record {path} is not readable; delete it to repeat its run") from error
+    if not whole or true_name != record["name"] or name not in (None, true_name):
+        raise UserError(f"record {path} does not hold what its name says; delete it to repeat its run")
+    return record
+
+
+def same_corpus(record: dict, sha256: str) -> bool:
+    """Whether a record was made on this corpus; where not, one line says so."""
+    theirs = record["environment"].get("corpus")
+    if theirs and theirs != sha256:
+        print(f"{record['name']}: made on another corpus (sha256 {theirs[:12]}, here {sha256[:12]})")
+        return False
+    return True

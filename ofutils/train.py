@@ -1,0 +1,305 @@
+"""Training: one configuration, one plain loop, resume to the bit.
+
+What a step does depends on the configuration and the step's number alone: the batch follows from seed and
+cursor, the learning rate from the schedule, dropout from a generator seeded by both. So the state to keep
+is the model, the optimizer and the log; a killed run that is started again ends in the same weights.
+
+    python -m ofutils.train --steps 200 --model.layers 4     flags, or --config run.yaml, or both
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ofutils import UserError, data, optim, params
+from ofutils.probes import measure
+from ofutils.records import Store, differing, digest, same_corpus, write_atomically
+from ofutils.transformer import Transformer, TransformerConfig, clm_loss
+
+OBJECTIVES = ("clm", "mlm", "pair", "image")
+_BUILT = ("clm",)
+SAVE_EVERY = 100  # steps between checkpoints; has no influence on the numbers
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that decides the numbers of a run. Its name is the hash of what differs from the defaults."""
+
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    objective: str = "clm"  # clm | mlm | pair | image
+    start: str = ""  # name of the loaded model that training starts from; empty: a fresh one
+    corpus: str = "stdlib"  # see data.load_corpus
+    characters: int = 0  # cap on the training text; 0: all of it
+    batch: int = 16  # rows of `model.context` tokens
+    steps: int = 500
+    warmup: int = 50  # steps of linear warm-up, then linear decay to 0
+    lr: float = 3e-3
+    optimizer: str = "adamw"  # adamw | soap
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_norm: bool = False  # decay the gains of norms too
+    clip: float = 1.0  # largest norm of the gradient
+    precision: str = "no"  # no | bf16 (mixed)
+    seed: int = 0
+    measure_every: int = 50  # steps between measurements; the last step is always measured
+    eval_batches: int = 2
+    sites: tuple[str, ...] = ("resid_post",)  # measured during training
+
+    def __post_init__(self):
+        choices = (("objective", OBJECTIVES), ("optimizer", optim.OPTIMIZERS), ("precision", ("no", "bf16")))
+        for name, known in choices:
+            if (value := getattr(self, name)) not in known:
+                near = params.suggest(value, known)
+                raise UserError(f"unknown {name} {value!r}{near}; known: {', '.join(known)}")
+        if self.objective not in _BUILT:
+            raise UserError(f"objective {self.objective!r} is not built yet; built: {', '.join(_BUILT)}")
+        for name in ("batch", "steps", "measure_every", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0:
+            raise UserError(
+                f"lr and clip must be positive and warmup at least 0, got {self.lr}, {self.clip}, {self.warmup}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The run's name, the same on every machine."""
+        return digest("train", differing(self))
+
+
+def store() -> Store:
+    """Where records are looked for and written."""
+    return Store(params.out() / "runs", params.root() / "figures" / "records")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its configuration and its record."""
+
+    config: TrainConfig
+    record: dict
+
+    @property
+    def log(self) -> list[dict]:
+        """One entry per measurement: step, train_loss, lr, loss, sites -> metrics."""
+        return self.record["result"]["log"]
+
+    @property
+    def diverged(self) -> int | None:
+        """The step after which the loss was no longer finite, if there was one."""
+        return self.record["result"]["diverged"]
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights are on this machine (a committed record comes without)."""
+        return (_folder(self.config) / "model.safetensors").is_file()
+
+    def load(self) -> Transformer:
+        """The trained model, in evaluation mode, on this machine's device."""
+        if not self.has_weights:
+            raise UserError(f"{self.config.name}: the record is here, its weights are not")
+        model = Transformer(self.config.model)
+        model.load_state_dict(load_file(_folder(self.config) / "model.safetensors"))
+        return model.to(params.device()).eval()
+
+
+def _folder(config: TrainConfig) -> Path:
+    return params.out() / "runs" / config.name
+
+
+def load_tokens(config: TrainConfig) -> data.Tokens:
+    """The tokenized corpus of a run."""
+    return data.tokenize(data.load_corpus(config.corpus, config.characters), config.model.vocab)
+
+
+def find(config: TrainConfig) -> Run | None:
+    """The finished run of a configuration, or None. A record of another corpus prints one line."""
+    record = store().find("train", differing(config))
+    if record is None:
+        return None
+    same_corpus(record, data.load_corpus(config.corpus, config.characters).sha256)
+    return Run(config, record)
+
+
+def train(
+    config: TrainConfig,
+    model: Transformer | None = None,
+    report: Callable[[int, float], None] | None = None,
+    save_every: int = SAVE_EVERY,
+) -> Run:
+    """Train, or load the finished run, or go on with the broken one.
+
+    Args:
+        config: the run.
+        model: where training starts, with `config.start` as its name; it is trained in place.
+        report: called with (steps done, loss) instead of the progress bar.
+        save_every: steps between checkpoints.
+
+    Returns:
+        The finished run. One whose loss stopped being finite is finished too, see `Run.diverged`.
+
+    Raises:
+        UserError: a bad corpus, a checkpoint of another corpus, a full disk.
+    """
+    if (model is None) == bool(config.start):
+        raise UserError("a run that starts from a loaded model needs both the model and config.start, its name")
+    if run := find(config):
+        return run
+    tokens = load_tokens(config)
+    batches = data.Batches(tokens.train, config.batch, config.model.context, config.seed)
+    evaluation = data.fixed_batches(tokens.validation, config.eval_batches, config.batch, config.model.context)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=params.device().type == "cpu")
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if config.batch % world:
+        raise UserError(f"a batch of {config.batch} does not split over {world} processes")
+    torch.manual_seed(config.seed)
+    model = model or Transformer(config.model)
+    optimizer = optim.make(
+        config.optimizer, model, config.lr, config.betas, config.eps, config.weight_decay, config.decay_norm
+    )
+    trained, stepper = accelerator.prepare(model, optimizer)
+    checkpoint = _folder(config) / "checkpoint.safetensors"
+    state = _restore(checkpoint, model, optimizer, tokens.corpus) if checkpoint.is_file() else _State()
+    state.loss_sum = state.loss_sum.to(accelerator.device)
+    if report is None:
+        report = _bar(config, state.step, shown=accelerator.is_main_process)
+
+    model.train()
+    while state.step < config.steps and state.diverged is None:
+        torch.manual_seed((config.seed * 1_000_003 + state.step) * 1_009 + rank)  # dropout
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * optim.schedule(state.step, config.steps, config.warmup)
+        batches.cursor = state.step
+        batch = batches.draw()[rank::world].to(accelerator.device)
+        loss = clm_loss(trained(batch), batch)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), config.clip)
+        stepper.step()
+        stepper.zero_grad()
+        state.step += 1
+        state.loss_sum += loss.detach()
+        state.loss_count += 1
+        if state.step % config.measure_every == 0 or state.step == config.steps:
+            _measure(state, config, model, evaluation)
+        if state.step % 10 == 0 or state.step == config.steps:
+            report(state.step, float(loss.detach()))
+        if state.step % save_every == 0 and state.step < config.steps and accelerator.is_main_process:
+            _save(checkpoint, model, optimizer, state, tokens.corpus)
+
+    accelerator.wait_for_everyone()
+    result = {"log": state.log, "diverged": state.diverged}
+    if accelerator.is_main_process:
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        write_atomically(checkpoint.with_name("model.safetensors"), lambda path: save_file(weights, path))
+        environment = params.environment() | {"corpus": tokens.corpus}
+        record = store().write("train", differing(config), result, environment)
+        checkpoint.unlink(missing_ok=True)
+    else:
+        record = {"name": config.name, "environment": {}, "result": result}
+    return Run(config, record)
+
+
+@dataclass
+class _State:
+    """Where a run stands, besides model and optimizer."""
+
+    step: int = 0
+    loss_sum: Tensor = field(default_factory=lambda: torch.tensor(0.0))
+    loss_count: int = 0
+    log: list = field(default_factory=list)
+    diverged: int | None = None
+
+
+def _measure(state: _State, config: TrainConfig, model: Transformer, evaluation: list[Tensor]) -> None:
+    train_loss = float(state.loss_sum) / state.loss_count
+    state.loss_sum.zero_()
+    state.loss_count = 0
+    found = measure(model, evaluation, config.sites, clm_loss).summary()
+    lr = config.lr * optim.schedule(state.step - 1, config.steps, config.warmup)
+    state.log.append({"step": state.step, "train_loss": train_loss, "lr": lr, **found})
+    if not (abs(train_loss) < float("inf") and abs(found["loss"]) < float("inf")):
+        state.diverged = state.step
+
+
+def _save(path: Path, model: Transformer, optimizer, state: _State, corpus: str) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, entries in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entries.items()}
+    tensors["loss_sum"] = state.loss_sum
+    rest = {"step": state.step, "loss_count": state.loss_count, "log": state.log, "corpus": corpus}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"state": json.dumps(rest)}))
+
+
+def _restore(path: Path, model: Transformer, optimizer, corpus: str) -> _State:
+    try:
+        with safe_open(path, "pt") as file:
+            rest = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"checkpoint {path} is not readable; delete it to start the run again") from error
+    if rest.pop("corpus") != corpus:
+        raise UserError(f"checkpoint {path} was made on another corpus; delete it to start the run again")
+    model.load_state_dict(_under(tensors, "model."))
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _under(tensors, "optimizer.").items():
+        index, key = name.split(".", 1)
+        entries.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    return _State(loss_sum=tensors["loss_sum"], **rest)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _bar(config: TrainConfig, done: int, shown: bool) -> Callable[[int, float], None]:
+    bar = tqdm(
+        total=config.steps,
+        initial=done,
+        desc=config.name,
+        unit="step",
+        mininterval=1,
+        leave=False,
+        disable=not shown,
+    )
+    tokens, began = config.batch * config.model.context, time.monotonic()
+
+    def report(step: int, loss: float) -> None:
+        rate = tokens * (step - done) / max(1e-9, time.monotonic() - began)
+        bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        bar.update(step - bar.n)
+        if step == config.steps:
+            bar.close()
+
+    return report
+
+
+def main(arguments: list[str]) -> None:
+    """The command line: train one run and print where it went and what came out."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__, *params.usage(TrainConfig), sep="\n")
+        return
+    run = train(params.read(TrainConfig, arguments))
+    last = run.log[-1]
+    kurtosis = max(site["neuron_kurtosis"] for site in last["sites"].values())
+    norm = max(site["inf_norm"] for site in last["sites"].values())
+    print(f"{run.config.name}: step {last['step']}, validation loss {last['loss']:.4f} nats")
+    print(f"at {', '.join(run.config.sites)}: largest neuron kurtosis {kurtosis:.2f}, max inf norm {norm:.2f}")
+    if run.diverged:
+        sys.exit(f"diverged at step {run.diverged}")
+
+
+if __name__ == "__main__":
+    params.main_guard(main)

@@ -1,0 +1,93 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+from ofutils import UserError, data
+
+
+def test_the_standard_library_is_split_by_file_without_its_tests():
+    corpus = data.load_corpus("stdlib")
+    names = [name for name, _ in corpus.documents]
+    assert "json/decoder.py" in names and names == sorted(names)
+    assert not any(part in name.split("/") for name in names for part in ("test", "tests", "site-packages"))
+    train, validation = corpus.splits["train"], corpus.splits["validation"]
+    assert len(train) + len(validation) == len(names)
+    assert not set(train) & {text for text in validation if len(text) > 200}
+
+
+def test_a_cap_shortens_the_training_text_and_changes_the_name(corpus):
+    whole, capped = data.load_corpus(str(corpus)), data.load_corpus(str(corpus), 5000)
+    assert sum(map(len, capped.splits["train"])) == 5000
+    assert whole.sha256 != capped.sha256
+
+
+def test_a_text_file_and_a_parquet_file_are_corpora(tmp_path):
+    texts = [f"paragraph {index} of a text" for index in range(30)]
+    (tmp_path / "one.txt").write_text("\n\n".join(texts))
+    pyarrow.parquet.write_table(pa.table({"title": ["t"] * 30, "text": texts}), tmp_path / "one.parquet")
+    for name in ("one.txt", "one.parquet"):
+        assert [text for _, text in data.load_corpus(str(tmp_path / name)).documents] == texts
+
+
+def test_tokens_decode_to_the_text_and_come_from_the_cache(out, corpus, monkeypatch):
+    loaded = data.load_corpus(str(corpus))
+    tokens = data.tokenize(loaded, 300)
+    text = tokens.tokenizer.decode(tokens.train[:2000].tolist(), skip_special_tokens=False)
+    assert text.startswith(loaded.splits["train"][0])
+    assert int(tokens.train.max()) < 300
+    data.tokenize.cache_clear()
+    monkeypatch.setattr(data, "_train_bpe", lambda *_: pytest.fail("trained again"))
+    assert np.array_equal(data.tokenize(loaded, 300).train, tokens.train)
+
+
+def test_an_epoch_visits_every_chunk_once_and_the_next_in_another_order():
+    batches = data.Batches(np.arange(640), batch=4, context=16, seed=3)
+    first, second = (torch.cat([batches.draw() for _ in range(10)]) for _ in range(2))
+    assert sorted(first[:, 0].tolist()) == sorted(second[:, 0].tolist()) == list(range(0, 640, 16))
+    assert first[:, 0].tolist() != second[:, 0].tolist()
+    assert torch.equal(first[0], torch.arange(16) + first[0, 0])
+
+
+def test_the_cursor_alone_decides_the_next_batch():
+    straight = data.Batches(np.arange(640), 4, 16, seed=1)
+    drawn = [straight.draw() for _ in range(25)]
+    for cursor in (0, 7, 19, 24):
+        assert torch.equal(data.Batches(np.arange(640), 4, 16, seed=1, cursor=cursor).draw(), drawn[cursor])
+    assert not torch.equal(data.Batches(np.arange(640), 4, 16, seed=2).draw(), drawn[0])
+
+
+def test_fixed_batches_are_fixed_and_spread_over_the_split():
+    found = data.fixed_batches(np.arange(1600), 3, 2, 16)
+    again = data.fixed_batches(np.arange(1600), 3, 2, 16)
+    assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert found[0][0, 0] == 0 and found[-1][-1, -1] == 1599
+    assert len(data.fixed_batches(np.arange(100), 8, 2, 16)) == 3  # all there are
+
+
+def test_bad_corpora_are_one_clear_line(tmp_path, out):
+    with pytest.raises(UserError, match="'sdtlib': no such file or folder .did you mean 'stdlib'"):
+        data.load_corpus("sdtlib")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds 0 documents"):
+        data.load_corpus(str(tmp_path / "empty"))
+    (tmp_path / "one.txt").write_text("a single paragraph")
+    with pytest.raises(UserError, match="holds 1 documents"):
+        data.load_corpus(str(tmp_path / "one.txt"))
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="neither UTF-8 text nor parquet"):
+        data.load_corpus(str(tmp_path / "binary.txt"))
+    (tmp_path / "short.txt").write_text("a few words\n\nand a few more")
+    short = data.tokenize(data.load_corpus(str(tmp_path / "short.txt")), 300)
+    with pytest.raises(
+        UserError, match=r"too short: its training split has \d+ tokens, one batch of 8 x 128 needs 1024"
+    ):
+        data.Batches(short.train, 8, 128)
+    with pytest.raises(UserError, match="its validation split"):
+        data.fixed_batches(short.validation, 1, 8, 128)
+    with pytest.raises(UserError, match="at least 257"):
+        data.tokenize(data.load_corpus(str(tmp_path / "short.txt")), 100)
+    pyarrow.parquet.write_table(pa.table({"n": [1, 2]}), tmp_path / "numbers.parquet")
+    with pytest.raises(UserError, match="needs a string column named text; it has n"):
+        data.load_corpus(str(tmp_path / "numbers.parquet"))

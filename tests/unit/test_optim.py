@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import nn
+
+from conftest import METHODS, SMALL
+from ofutils import UserError, optim
+from ofutils.optim import SOAP
+from ofutils.transformer import Transformer, TransformerConfig
+
+
+def test_soap_equals_the_reference(vectors):
+    tensors, _ = vectors("soap")
+    weight = nn.Parameter(tensors["frequency10.w0"].clone())
+    optimizer = SOAP([weight], lr=1e-2, betas=(0.95, 0.95), weight_decay=0.01, precondition_frequency=10)
+    for step in range(40):
+        weight.grad = tensors[f"frequency10.grad.{step}"].clone()
+        optimizer.step()
+        torch.testing.assert_close(weight.data, tensors[f"frequency10.w.{step}"], rtol=1e-5, atol=1e-5)
+
+
+def test_soap_on_a_vector_is_adam_with_its_own_eps():
+    weight = nn.Parameter(torch.randn(6))
+    start = weight.detach().clone()
+    grads = torch.randn(5, 6)
+    optimizer = SOAP([weight], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    for grad in grads:
+        weight.grad = grad.clone()
+        optimizer.step()
+    first, second = torch.zeros(6), torch.zeros(6)
+    for step, grad in enumerate(grads[1:], start=1):  # the first step only initialises
+        first = 0.9 * first + 0.1 * grad
+        second = 0.99 * second + 0.01 * grad**2
+        start -= 0.1 * (1 - 0.99**step) ** 0.5 / (1 - 0.9**step) * first / (second.sqrt() + 1e-8)
+    torch.testing.assert_close(weight.data, start)
+
+
+def test_soap_turns_with_the_gradients():
+    """In the eigenbasis, orthogonal changes of both sides change the trajectory by the same turn."""
+    left, right = (torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q for _ in range(2))
+    grads = torch.randn(25, 6, 6, dtype=torch.float64)
+    start = torch.randn(6, 6, dtype=torch.float64)
+    ends = []
+    for turn in (False, True):
+        weight = nn.Parameter(left @ start @ right if turn else start.clone())
+        optimizer = SOAP([weight], lr=0.1, weight_decay=0.1)
+        for grad in grads:
+            weight.grad = left @ grad @ right if turn else grad.clone()
+            optimizer.step()
+        ends.append(weight.data)
+    torch.testing.assert_close(ends[1], left @ ends[0] @ right, rtol=0, atol=1e-8)
+
+
+def test_soap_does_not_rotate_a_long_side_and_its_state_is_tensors():
+    weight = nn.Parameter(torch.randn(30, 4))
+    optimizer = SOAP([weight], max_precondition_dim=10)
+    weight.grad = torch.randn(30, 4)
+    optimizer.step()
+    assert "basis_left" not in optimizer.state[weight] and "basis_right" in optimizer.state[weight]
+    assert all(isinstance(entry, torch.Tensor) for entry in optimizer.state[weight].values())
+
+
+def test_soap_refuses_bad_settings():
+    with pytest.raises(UserError, match="frequency 0"):
+        SOAP([nn.Parameter(torch.zeros(2))], precondition_frequency=0)
+
+
+def test_the_vocabulary_is_not_rotated():
+    model = Transformer(SMALL)
+    optimizer = optim.make("soap", model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    assert optimizer.max_precondition_dim == SMALL.vocab - 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(method):
+    model = Transformer(TransformerConfig(**{**SMALL.__dict__, **METHODS[method]}))
+    decayed, plain = (group["params"] for group in optim.groups(model, 0.1))
+    assert len(decayed) + len(plain) == len({id(p) for p in (*decayed, *plain)}) == len(list(model.parameters()))
+    assert all(parameter.ndim >= 2 for parameter in decayed)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("bias" in n or "norm" in n or "gain" in n for n in (names[id(p)] for p in plain))
+
+
+def test_decay_norm_adds_the_gains_of_norms_and_nothing_else():
+    model = Transformer(SMALL)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    without = {names[id(p)] for p in optim.groups(model, 0.1)[0]["params"]}
+    with_gains = {names[id(p)] for p in optim.groups(model, 0.1, decay_norm=True)[0]["params"]}
+    assert with_gains - without == {n for n in names.values() if "norm" in n and n.endswith("weight")}
+
+
+def test_schedule_warms_up_and_decays_to_zero():
+    found = [optim.schedule(step, 10, 4) for step in range(11)]
+    assert found[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert found[-1] == 0 and all(a > b for a, b in zip(found[4:], found[5:], strict=False))
+
+
+def test_an_unknown_optimizer_names_the_known_ones():
+    with pytest.raises(UserError, match="known: adamw, soap"):
+        optim.make("sgd", Transformer(SMALL), 1e-3, (0.9, 0.95), 1e-8, 0.1)

@@ -1,0 +1,211 @@
+import pytest
+import torch
+
+from conftest import METHODS, SMALL
+from ofutils import UserError, quant
+from ofutils.families import opt_state
+from ofutils.probes import capture
+from ofutils.quant import QuantSettings, calibrate, fake_quantize, quantized
+from ofutils.transformer import Transformer, TransformerConfig, clm_loss
+
+
+def test_quantizers_equal_the_authors_to_the_bit(vectors):
+    tensors, cases = vectors("quantizers")
+    data = {"x": tensors["x"], "absx": tensors["x"].abs(), "neg": -tensors["x"].abs()}
+    assert len(cases) == 27
+    for name, case in cases.items():
+        scheme = case["scheme"].removesuffix("_uniform")
+        x = data[case["data"]]
+        found = fake_quantize(x, case["bits"], scheme, case["estimator"])
+        assert torch.equal(found, tensors[name]), name
+        if case["estimator"] == "mse":
+            low, high = quant.mse_range(x, case["bits"], scheme)
+            assert (float(low), float(high)) == pytest.approx((case["range_min"], case["range_max"]), rel=1e-6)
+
+
+def test_running_ranges_equal_the_authors(vectors):
+    tensors, expected = vectors("running_minmax")
+    for column, running in (
+        ("minmax", quant.RunningRange()),
+        ("percentile_99_9", quant.RunningRange(percentile=99.9)),
+    ):
+        for index in range(5):
+            ends = [float(end) for end in running.update(tensors[f"batch{index}"])]
+            assert ends == expected[f"batch{index}"][column]
+
+
+SETTINGS = {
+    "w8a8_minmax": QuantSettings(weights="minmax"),
+    "w8a8_mse_pct": QuantSettings(percentile=99.99),
+    "w4a8_mse": QuantSettings(weight_bits=4),
+}
+SITE_OF = {  # the authors' name of a quantizer -> ours
+    "self_attn.attn_scores_act_quantizer": "scores",
+    "self_attn.attn_probs_act_quantizer": "probs",
+    "self_attn.context_act_quantizer": "context",
+    "self_attn_layer_norm": "norm1",
+    "self_attn_res_act_quantizer": "resid_mid",
+    "ffn_res_act_quantizer": "resid_post",
+    "final_layer_norm": "norm2",
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.out_proj": "attn_out",
+    "fc1_act": "mlp_act",
+    "fc2": "mlp_out",
+}
+OUTER = {
+    "embed_tokens.weight_quantizer": "embed_tokens",
+    "embed_positions.quant_embedding.weight_quantizer": "embed_positions",
+    "embed_sum_act_quantizer.activation_quantizer": "embed_sum",
+    "final_layer_norm.activation_quantizer": "norm_final",
+    "final_layer_norm.weight_quantizer": "norm_final.weight",
+}
+
+
+def our_name(theirs):
+    short = theirs.removeprefix("model.decoder.")
+    if short in OUTER:
+        return OUTER[short]
+    _, layer, rest = short.split(".", 2)
+    module, kind = rest.rsplit(".", 1)
+    site = SITE_OF[module]
+    if kind == "activation_quantizer":
+        return f"blocks.{layer}.{site}"
+    module = {
+        "q": "attention.q",
+        "k": "attention.k",
+        "v": "attention.v",
+        "attn_out": "attention.attn_out",
+    }.get(site, site)
+    return f"blocks.{layer}.{'mlp_fc' if site == 'mlp_act' else module}.weight"
+
+
+@pytest.mark.parametrize(
+    "case", ["vanilla/w8a8_minmax", "vanilla/w8a8_mse_pct", "vanilla/w4a8_mse", "ga_lin/w8a8_minmax"]
+)
+def test_quantized_opt_equals_the_authors(vectors, case):
+    tensors, cases = vectors("opt_quantized")
+    name, kind = case.split("/")
+    gate = {"gate": "linear", "pi_init": 0.25} if name == "ga_lin" else {}
+    model = Transformer(TransformerConfig(vocab=97, layers=2, width=32, heads=4, mlp_width=64, context=64, **gate))
+    prefix = f"opt.{name}.state."
+    state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    model.load_state_dict(opt_state(state))
+    model.eval()
+    batches = [tensors[f"input_ids.{index}"] for index in range(4)]
+    expected = cases[f"opt/{case}"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]), tensors[f"opt.{name}.fp_logits"], rtol=0, atol=5e-6)
+    ranges = calibrate(model, batches, SETTINGS[kind])
+    assert set(ranges) == {our_name(theirs) for theirs in expected["ranges"]}
+    for theirs, found in expected["ranges"].items():
+        low, high = ranges[our_name(theirs)]
+        size = max(abs(found["xmin"][0]), found["xmax"][0])
+        assert float(low) == pytest.approx(found["xmin"][0], abs=3e-3 * size), theirs
+        assert float(high) == pytest.approx(found["xmax"][0], abs=3e-3 * size), theirs
+    with quantized(model, SETTINGS[kind], ranges), torch.no_grad():
+        loss = float(clm_loss(model(batches[0]), batches[0]))
+    assert loss == pytest.approx(expected["q_loss"], abs=1e-2)
+    assert loss != pytest.approx(expected["fp_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_fake_quantize_has_few_values_keeps_zero_and_stays_within_half_a_step(scheme, bits):
+    x = torch.randn(64, 64)
+    x[0, 0] = 0.0
+    before = x.clone()
+    found = fake_quantize(x, bits, scheme)
+    assert torch.equal(x, before)
+    assert len(found.unique()) <= 2**bits
+    assert found[0, 0] == 0
+    # the zero point is rounded, so an asymmetric end may be cut by another half step
+    steps = 1.0 if scheme == "asymmetric" else 0.5
+    scale = (
+        float(x.max() - x.min()) / (2**bits - 1)
+        if scheme == "asymmetric"
+        else float(x.abs().max()) / (2 ** (bits - 1) - 1)
+    )
+    assert float((found - x).abs().max()) <= steps * scale * (1 + 1e-5)
+
+
+def test_rounding_is_half_to_even():
+    x = torch.tensor([0.5, 1.5, 2.5, 127.0])
+    assert fake_quantize(torch.cat([x, -x]), 8)[:3].tolist() == [0.0, 2.0, 2.0]
+
+
+def test_asymmetric_mse_is_as_good_as_brute_force():
+    x = torch.cat([torch.randn(400), torch.tensor([9.0, -4.0])])
+    found = float((fake_quantize(x, 4, "asymmetric", "mse", margin=0.0) - x).square().sum())
+    errors = []
+    for low in torch.linspace(-4, 0, 81):
+        for high in torch.linspace(0.1, 9, 90):
+            errors.append(float((quant.make_grid(low, high, 4, "asymmetric").round(x) - x).square().sum()))
+    assert found <= 1.03 * min(errors)
+    assert found < 0.8 * float((fake_quantize(x, 4, "asymmetric") - x).square().sum())
+
+
+def test_the_corrected_mse_grid_is_better_for_small_weights():
+    x = torch.randn(20_000) * 0.006
+    error = [float((fake_quantize(x, 8, "symmetric", "mse", margin) - x).square().sum()) for margin in (0.0, 0.5)]
+    assert error[0] < 0.95 * error[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_quantized_changes_the_model_and_restores_it_to_the_bit(method):
+    model = Transformer(TransformerConfig(**{**SMALL.__dict__, **METHODS[method]})).eval()
+    ids = torch.randint(0, SMALL.vocab, (4, 16))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = QuantSettings(weight_bits=4, activation_bits=4)
+    with torch.no_grad():
+        plain = model(ids)
+        ranges = calibrate(model, [ids], settings)
+        with quantized(model, settings, ranges):
+            assert not torch.equal(model(ids), plain)
+        assert torch.equal(model(ids), plain)
+        with pytest.raises(RuntimeError, match="planted"), quantized(model, settings, ranges):
+            raise RuntimeError("planted")
+        assert torch.equal(model(ids), plain)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_every_named_activation_is_on_its_grid():
+    model = Transformer(SMALL).eval()
+    ids = torch.randint(0, SMALL.vocab, (4, 16))
+    settings = QuantSettings(weight_bits=8, activation_bits=3)
+    ranges = calibrate(model, [ids], settings)
+    sites = [site for site in model.sites() if site in ranges]
+    with quantized(model, settings, ranges), capture(model, sites) as seen, torch.no_grad():
+        model(ids)
+    for site in sites:
+        levels = 2**8 if site.startswith("embed_tokens") or site == "embed_positions" else 2**3
+        assert len(seen[site].unique()) <= levels, site
+
+
+def test_sixteen_bits_cost_next_to_nothing():
+    model = Transformer(SMALL).eval()
+    ids = torch.randint(0, SMALL.vocab, (4, 16))
+    settings = QuantSettings(weight_bits=16, activation_bits=16, weights="minmax")
+    with torch.no_grad():
+        plain = model(ids)
+        with quantized(model, settings, calibrate(model, [ids], settings)):
+            torch.testing.assert_close(model(ids), plain, rtol=0, atol=1e-3)
+
+
+def test_bad_input_is_one_clear_line():
+    x = torch.randn(4)
+    with pytest.raises(UserError, match="unknown scheme 'symetric' .did you mean 'symmetric'"):
+        fake_quantize(x, scheme="symetric")
+    with pytest.raises(UserError, match="unknown estimator"):
+        fake_quantize(x, estimator="max")
+    with pytest.raises(UserError, match="bits must lie between 2 and 16"):
+        fake_quantize(x, bits=1)
+    with pytest.raises(UserError, match="no batches"):
+        calibrate(Transformer(SMALL), [], QuantSettings())
+    with (
+        pytest.raises(UserError, match="calibrate this model first"),
+        quantized(Transformer(SMALL), QuantSettings(), {}),
+    ):
+        pass

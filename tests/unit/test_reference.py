@@ -1,0 +1,65 @@
+import json
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from ofutils import UserError, params, plots, reference
+
+
+def test_numbers_come_with_their_source_and_unverified_ones_stay_out():
+    table = reference.table("he2024", "table 2 OPT-125m")
+    assert reference.value("he2024", "table 2 OPT-125m", "OP + SOAP", "w8a8_ppl") == 14.87
+    assert (table["source"] != "").all()
+    with pytest.raises(UserError, match="no verified neuron_kurtosis for 'vanilla'"):
+        reference.value("he2024", "table 2 OPT-125m", "vanilla", "neuron_kurtosis")
+
+
+def test_bondarenko_table_6_is_whole():
+    table = reference.table("bondarenko2023", "table 6 OPT-125m")
+    assert len(table) == 15 * 4 and table["row"].nunique() == 15
+    row = "gated linear 0.25; norm gain decay yes"
+    assert reference.value("bondarenko2023", "table 6 OPT-125m", row, "max_inf_norm") == 8.7
+
+
+def test_unknown_papers_and_items_name_the_known_ones():
+    with pytest.raises(UserError, match="unknown paper 'he2023' .did you mean 'he2024'"):
+        reference.table("he2023", "table 2")
+    with pytest.raises(UserError, match="known: table 2 OPT-125m"):
+        reference.table("he2024", "figure 99")
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [
+        ([2.0, 2.1, 1.9], "holds"),
+        ([0.1, 0.2, 0.15], "does not hold"),
+        ([0.0, 1.0, 3.0], "not testable at this scale: the seeds differ too much"),
+        ([2.0, 2.1], "not testable at this scale: 2 of 3 seeds"),
+        ([], "not testable at this scale: 0 of 3 seeds"),
+    ],
+)
+def test_verdicts_follow_the_interval(ours, verdict):
+    assert reference.compare("x lies above 1", ours, 1.0, "none").verdict == verdict
+
+
+def test_the_interval_is_students_and_the_text_names_everything():
+    found = reference.compare("the norm falls", [1.0, 2.0, 3.0], 0.0, "8.7 (Table 6)")
+    assert found.low == pytest.approx(2 - 2.920 / 3**0.5, rel=1e-3)
+    for part in ("the norm falls", "n = 3 seeds", "8.7 (Table 6)", "above 0", "verdict  holds"):
+        assert part in found.text
+    assert "no outliers" in reference.compare("c", [1, 1, 1.1], 0, "none", untestable="no outliers").verdict
+
+
+def test_a_figure_is_saved_as_picture_points_and_provenance(out):
+    plots.theme()
+    fig, ax = plt.subplots()
+    ax.plot([1, 2], [3, 4])
+    path = plots.save(
+        fig, params.Session("test", "tiny", "asked for"), "lines", pd.DataFrame({"x": [1, 2]}), corpus="abc"
+    )
+    assert path == out / "figures" / "test" / "lines.png" and path.stat().st_size > 1000
+    assert pd.read_csv(path.with_suffix(".csv"))["x"].tolist() == [1, 2]
+    described = json.loads(path.with_suffix(".json").read_text())
+    assert described["scale"] == "tiny" and described["corpus"] == "abc" and described["numerics"] >= 1
+    plt.close(fig)

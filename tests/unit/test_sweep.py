@@ -1,0 +1,126 @@
+import dataclasses
+import os
+import signal
+
+import pytest
+
+from ofutils import UserError, sweep, train
+from ofutils.quant import QuantSettings
+from ofutils.sweep import Evaluation, Job
+
+EVALUATION = Evaluation(sites=("resid_post",), batches=2, batch=4)
+SETTINGS = (QuantSettings(batches=2), QuantSettings(weight_bits=4, activation_bits=4, batches=2))
+
+
+def jobs(config, seeds=2):
+    return [Job("vanilla", dataclasses.replace(config, seed=s), SETTINGS, EVALUATION) for s in range(seeds)]
+
+
+def test_a_sweep_here_and_in_processes_give_the_same_numbers(out, config, monkeypatch):
+    here = sweep.run(jobs(config), workers=0)
+    monkeypatch.setenv("OFUTILS_OUT", str(out / "processes"))
+    apart = sweep.run(jobs(config), workers=2)
+    for a, b in zip(here, apart, strict=True):
+        assert a.error is None and b.error is None
+        assert set(a.quantized) == {"W8A8", "W4A4"}
+        assert a.quantized["W4A4"] > a.measured["loss"]
+        assert a.measured["loss"] == pytest.approx(b.measured["loss"], abs=1e-4)
+
+
+def test_a_second_sweep_recalls_everything(out, config, monkeypatch):
+    first = sweep.run(jobs(config), workers=0)
+    monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("trained again"))
+    second = sweep.run(jobs(config), workers=0)
+    assert [o.quantized for o in first] == [o.quantized for o in second]
+    assert [o.measured for o in first] == [o.measured for o in second]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_failed_run_is_reported_and_the_rest_is_finished(out, config, workers, capfd):
+    bad = Job("broken", dataclasses.replace(config, corpus=str(out / "nowhere")), SETTINGS, EVALUATION)
+    good = jobs(config)
+    with pytest.raises(UserError, match="no such file or folder"):
+        train.find(dataclasses.replace(bad.config)) or train.load_tokens(bad.config)
+    outcomes = sweep.run([good[0], bad, good[1]], workers=workers)
+    assert [o.error is None for o in outcomes] == [True, False, True]
+    assert "failed: broken, lr 0.01, seed 0" in capfd.readouterr().out
+
+
+def test_a_process_that_dies_costs_its_own_run_only(out, config, monkeypatch):
+    config = dataclasses.replace(config, steps=4000, measure_every=4000)
+    short = dataclasses.replace(config, steps=20)
+    planned = [
+        Job("killed", config, (), EVALUATION),
+        *[Job("fine", dataclasses.replace(short, seed=s), (), EVALUATION) for s in range(2)],
+    ]
+    killed = []
+
+    class Bar(sweep.tqdm):
+        def update(self, n=1):
+            import multiprocessing
+
+            for child in multiprocessing.active_children():
+                if not killed and child.pid == first_child():
+                    killed.append(child.pid)
+                    os.kill(child.pid, signal.SIGKILL)
+            return super().update(n)
+
+    def first_child():
+        import multiprocessing
+
+        return min(child.pid for child in multiprocessing.active_children())
+
+    monkeypatch.setattr(sweep, "tqdm", Bar)
+    outcomes = sweep.run(planned, workers=2)
+    assert killed
+    assert "its process died (exit code -9)" in outcomes[0].error
+    assert [o.error for o in outcomes[1:]] == [None, None]
+
+
+def test_a_diverged_run_is_an_outcome_with_an_error(out, config):
+    job = Job("wild", dataclasses.replace(config, lr=1e30, clip=1e9, warmup=0), SETTINGS, EVALUATION)
+    for _ in range(2):
+        assert sweep.run([job], workers=0)[0].error == "diverged at step 5"
+
+
+def test_records_exported_are_found_without_the_runs(out, config, monkeypatch, tmp_path):
+    outcomes = sweep.run(jobs(config), workers=0)
+    monkeypatch.setattr(train.params, "root", lambda: tmp_path / "checkout")
+    path = sweep.export(outcomes, "test")
+    assert path.parent == tmp_path / "checkout" / "figures" / "records"
+    monkeypatch.setenv("OFUTILS_OUT", str(tmp_path / "empty"))
+    again = sweep.run(jobs(config), workers=0)
+    assert [o.quantized for o in again] == [o.quantized for o in outcomes]
+    assert not again[0].run.has_weights
+
+
+def test_recipes_name_their_scales_and_take_overrides():
+    recipe = sweep.read_recipe("03_quant", "tiny", steps=8, seeds=2)
+    assert {job.config.seed for job in recipe.jobs} == {0, 1}
+    assert {job.config.steps for job in recipe.jobs} == {8}
+    with pytest.raises(UserError, match="unknown recipe '03_qaunt' .did you mean '03_quant'"):
+        sweep.read_recipe("03_qaunt", "tiny")
+    with pytest.raises(UserError, match="has no recipe for scale 'huge'"):
+        sweep.read_recipe("03_quant", "huge")
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "gpu", "paper"])
+def test_every_recipe_compares_methods_on_equal_terms(scale):
+    recipe = sweep.read_recipe("03_quant", scale)
+    first = recipe.jobs[0].config
+    assert len({job.config.name for job in recipe.jobs}) == len(recipe.jobs)
+    for job in recipe.jobs:
+        config = job.config
+        assert (config.steps, config.batch, config.corpus) == (first.steps, first.batch, first.corpus)
+        assert (config.model.layers, config.model.width) == (first.model.layers, first.model.width)
+    if scale != "tiny":
+        assert len({job.config.seed for job in recipe.jobs}) >= 3
+
+
+def test_a_scale_this_machine_cannot_carry_loads_records_or_says_so(out, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(sweep.params, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(sweep, "recall", lambda job: None)
+    with pytest.raises(UserError, match="needs a GPU: .* have no record here"):
+        sweep.read_recipe("03_quant", "gpu").run()

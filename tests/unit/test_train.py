@@ -1,0 +1,206 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from conftest import METHODS, SMALL
+from ofutils import UserError, params, train
+from ofutils.train import TrainConfig
+from ofutils.transformer import Transformer
+
+
+def quiet(config, **more):
+    return train.train(config, report=lambda *_: None, **more)
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step):
+    def report(done, loss):
+        if done >= step:
+            raise Stop
+
+    return report
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
+@pytest.mark.parametrize("method", ["vanilla", "OP layernorm", "mlp gate", "dropout"])
+def test_a_broken_run_resumes_to_the_bit(out, config, monkeypatch, method, optimizer):
+    model = dataclasses.replace(SMALL, **METHODS[method])
+    config = dataclasses.replace(config, model=model, optimizer=optimizer)
+    straight = quiet(config)
+    weights = straight.load()
+    monkeypatch.setenv("OFUTILS_OUT", str(out / "again"))
+    with pytest.raises(Stop):
+        train.train(config, report=stop_at(20), save_every=7)  # killed at 20, last saved at 14
+    resumed = quiet(config)
+    assert same_weights(resumed.load(), weights)
+    assert resumed.log == straight.log
+    assert [entry["step"] for entry in resumed.log] == [5, 10, 15, 20]
+
+
+def test_sigkill_and_the_same_command_again_continue_to_the_bit(out, corpus, config):
+    config = dataclasses.replace(config, steps=2000, measure_every=1000)
+    (out / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
+    program = "import sys; from ofutils import train, params; train.SAVE_EVERY; params.main_guard(train.main)"
+    command = [sys.executable, "-c", program, "--config", str(out / "run.yaml"), "--steps", "400"]
+
+    def run(folder, **more):
+        return subprocess.Popen(command, env=os.environ | {"OFUTILS_OUT": str(folder)}, **more)
+
+    assert run(out / "straight").wait() == 0
+    killed = run(out / "killed")
+    name = dataclasses.replace(config, steps=400).name
+    checkpoint = out / "killed" / "runs" / name / "checkpoint.safetensors"
+    while not checkpoint.exists():
+        assert killed.poll() is None, "it ended before it was killed"
+        time.sleep(0.002)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert checkpoint.exists() and not checkpoint.with_name("model.safetensors").exists()
+    assert run(out / "killed").wait() == 0
+    weights = [load_file(out / place / "runs" / name / "model.safetensors") for place in ("straight", "killed")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not checkpoint.exists()
+
+
+def test_training_learns_and_a_finished_run_is_loaded_not_repeated(out, config, monkeypatch):
+    config = dataclasses.replace(config, steps=60)
+    run = quiet(config)
+    assert run.log[-1]["loss"] < run.log[0]["loss"] - 0.3
+    monkeypatch.setattr(train, "Accelerator", lambda **_: pytest.fail("trained again"))
+    assert quiet(config).record == run.record
+
+
+def test_names_depend_on_what_makes_the_numbers_only(config):
+    assert TrainConfig().name == TrainConfig(lr=3e-3).name
+    assert len({config.name, dataclasses.replace(config, seed=1).name, TrainConfig().name}) == 3
+
+
+def test_seeds_differ_and_the_same_seed_agrees(out, config, monkeypatch):
+    first = quiet(config).load()
+    assert not same_weights(first, quiet(dataclasses.replace(config, seed=1)).load())
+    monkeypatch.setenv("OFUTILS_OUT", str(out / "again"))
+    assert same_weights(first, quiet(config).load())
+
+
+def test_a_start_from_a_loaded_model_has_a_name_of_its_own(out, config):
+    first = quiet(config)
+    second = dataclasses.replace(config, start=first.record["name"], lr=1e-3)
+    model = first.load()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run = quiet(second, model=model)
+    assert run.log[0]["loss"] < first.log[0]["loss"]
+    assert not all(torch.equal(t, before[n]) for n, t in run.load().state_dict().items())
+    with pytest.raises(UserError, match="needs both the model and config.start"):
+        quiet(dataclasses.replace(second, seed=1))
+    with pytest.raises(UserError, match="needs both the model and config.start"):
+        quiet(config, model=Transformer(SMALL))
+
+
+def test_a_diverged_run_is_finished_and_says_so(out, config):
+    # without a clip in the way, a rate of 1e30 overflows at once
+    run = quiet(dataclasses.replace(config, lr=1e30, clip=1e9, warmup=0))
+    assert run.diverged == 5 and run.log[-1]["step"] == 5
+
+
+def test_a_checkpoint_of_another_corpus_is_refused_and_a_record_says_so(out, config, corpus, monkeypatch, capsys):
+    with pytest.raises(Stop):
+        train.train(config, report=stop_at(10), save_every=5)
+    (corpus / "more.txt").write_text("one more document that changes the corpus")
+    train.data.load_corpus.cache_clear()
+    with pytest.raises(UserError, match="was made on another corpus"):
+        quiet(config)
+    (out / "runs" / config.name / "checkpoint.safetensors").unlink()
+    quiet(config)
+    (corpus / "yet.txt").write_text("and yet another one")
+    train.data.load_corpus.cache_clear()
+    assert train.find(config) is not None
+    assert "made on another corpus" in capsys.readouterr().out
+
+
+def test_damaged_files_are_named(out, config):
+    folder = out / "runs" / config.name
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.safetensors").write_bytes(b"half a checkpoint")
+    with pytest.raises(UserError, match="checkpoint .* is not readable; delete it"):
+        quiet(config)
+    record = out / "runs" / "records" / f"{config.name}.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text('{"name": "half a re')
+    with pytest.raises(UserError, match="record .* is not readable; delete it"):
+        train.find(config)
+    record.write_text(json.dumps({"name": "train-0", "key": {}, "numerics": 1, "environment": {}, "result": {}}))
+    with pytest.raises(UserError, match="does not hold what its name says"):
+        train.find(config)
+
+
+def test_a_run_without_its_weights_says_so(out, config):
+    run = quiet(config)
+    (out / "runs" / config.name / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="its weights are not"):
+        run.load()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(out, config, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "save_file", full)
+    with pytest.raises(UserError, match="cannot write .*: No space left on device"):
+        quiet(config)
+    assert not any(path.suffix == ".tmp" for path in out.rglob("*"))
+    assert train.find(config) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stpes", "5"], "unknown parameter 'stpes' .did you mean 'steps'"),
+        (["--steps", "hello"], "parameter steps: expected int, got 'hello'"),
+        (["--model.layer", "2"], "unknown parameter 'model.layer' .did you mean 'model.layers'|'layers'"),
+        (["--objective", "mlm"], "objective 'mlm' is not built yet; built: clm"),
+        (["--optimizer", "adam"], "unknown optimizer 'adam' .did you mean 'adamw'"),
+        (["steps=5"], "expected a flag such as --steps 100"),
+        (["--steps"], "flag --steps has no value"),
+        (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
+        (["--steps", "0"], "steps must be at least 1"),
+    ],
+)
+def test_bad_flags_are_one_clear_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        params.read(TrainConfig, arguments)
+
+
+def test_flags_and_yaml_give_the_same_configuration(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 1e2\nlr: 1e-3\nbetas: [0.9, 0.99]\nmodel: {layers: 3, gate: linear}\n")
+    flags = [
+        "--steps",
+        "100",
+        "--lr",
+        "1e-3",
+        "--betas",
+        "[0.9,0.99]",
+        "--model.layers",
+        "3",
+        "--model.gate",
+        "linear",
+    ]
+    assert params.read(TrainConfig, ["--config", str(path)]) == params.read(TrainConfig, flags)
+    assert params.read(TrainConfig, ["--config", str(path), "--model.layers", "5"]).model.layers == 5
+    assert params.read(TrainConfig, ["--config", str(path), "--model.layers=5"]).model.gate == "linear"
