@@ -26,9 +26,14 @@ The recipes (which runs a notebook needs at each scale) are `recipes/*.yaml`, th
 `papers/*.csv`; both are package data.
 """
 
+import warnings
+
 __version__ = "0.1.0"
 
-#: Raised with every entry of the CHANGELOG's "Results changed", so that no older record is taken for a new one.
+# huggingface_hub, which accelerate imports, asks for widgets; the progress bars here are plain text
+warnings.filterwarnings("ignore", message="IProgress not found")
+
+#: Raised with every entry of the CHANGELOG's "Results changed": no older record is taken for a new one.
 NUMERICS = 1
 
 

@@ -47,7 +47,7 @@ def make(
     """
     parts = groups(model, weight_decay, decay_norm)
     if name == "adamw":
-        return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=eps)
+        return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=eps, fused=True)
     if name == "soap":
         vocab = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=10_001)
         return SOAP(parts, lr, betas, eps, max_precondition_dim=min(10_000, vocab - 1))

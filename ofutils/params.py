@@ -200,6 +200,8 @@ def start(namespace: dict, notebook: str, paper: str) -> Session:
         if kind is int and namespace[name] < 0:
             raise UserError(f"parameter {name}: expected 0 or more, got {namespace[name]}")
     scale, why = resolve_scale(namespace["scale"])
+    if scale == "tiny":
+        torch.set_num_threads(1)  # more threads only wait for each other at this size
     others = " | ".join(name for name in SCALES if name != scale)
     print(f"scale {scale} ({why}); others: -p scale {others}\n-p scale paper: {paper}")
     return Session(notebook, scale, why)
@@ -245,7 +247,7 @@ def main_guard(command: typing.Callable[[list[str]], None]) -> None:
 
 
 def flags(arguments: list[str]) -> dict:
-    """`--a.b 1 --c=2` as nested mappings of strings, for `build`."""
+    """`--a.b 1 --c=2 --d` as nested mappings of strings, and True for a flag alone; for `build`."""
     values: dict = {}
     rest = list(arguments)
     while rest:
@@ -254,9 +256,7 @@ def flags(arguments: list[str]) -> dict:
             raise UserError(f"expected a flag such as --steps 100, got {flag!r}")
         name, equals, value = flag[2:].partition("=")
         if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"flag --{name} has no value")
-            value = rest.pop(0)
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else True
         *path, last = name.replace("-", "_").split(".")
         place = values
         for part in path:

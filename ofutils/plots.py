@@ -54,9 +54,15 @@ def save(fig: Figure, session: params.Session, name: str, points: pd.DataFrame, 
     Returns:
         The path of the picture.
     """
-    picture = params.out() / "figures" / session.notebook / f"{name}.png"
-    described = json.dumps(session.provenance(**provenance), indent=1) + "\n"
+    picture = save_table(session, name, points, **provenance).with_suffix(".png")
     write_atomically(picture, lambda path: fig.savefig(path, format="png", metadata={"Software": None}))
-    write_atomically(picture.with_suffix(".csv"), lambda path: points.to_csv(path, index=False, float_format="%.6g"))
-    write_atomically(picture.with_suffix(".json"), lambda path: path.write_text(described))
     return picture
+
+
+def save_table(session: params.Session, name: str, points: pd.DataFrame, **provenance) -> Path:
+    """Write a table under `figures/<notebook>/`: CSV, and its provenance as JSON. Returns the CSV's path."""
+    table = params.out() / "figures" / session.notebook / f"{name}.csv"
+    described = json.dumps(session.provenance(**provenance), indent=1) + "\n"
+    write_atomically(table, lambda path: points.to_csv(path, index=False, float_format="%.6g"))
+    write_atomically(table.with_suffix(".json"), lambda path: path.write_text(described))
+    return table

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 
 from ofutils import NUMERICS, UserError
@@ -109,10 +110,15 @@ def _parse(text: str, path: Path, name: str | None = None) -> dict:
     return record
 
 
-def same_corpus(record: dict, sha256: str) -> bool:
-    """Whether a record was made on this corpus; where not, one line says so."""
+def same_corpus(record: dict, sha256: str | None) -> bool:
+    """Whether a record was made on the corpus that is here (None: it is not here); if not, one line says so."""
     theirs = record["environment"].get("corpus")
-    if theirs and theirs != sha256:
-        print(f"{record['name']}: made on another corpus (sha256 {theirs[:12]}, here {sha256[:12]})")
-        return False
-    return True
+    if not theirs or theirs == sha256:
+        return True
+    _say_once(f"records made on another corpus are used: sha256 {theirs[:12]}, here {(sha256 or 'none')[:12]}")
+    return False
+
+
+@cache
+def _say_once(line: str) -> None:
+    print(line)

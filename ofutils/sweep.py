@@ -4,8 +4,8 @@ A recipe (`recipes/<notebook>.yaml`) says which runs a notebook needs at each sc
 command read the same one, so a machine without Jupyter can do the work and the notebook finds it done.
 
     python -m ofutils.sweep 03_quant --scale gpu             train and measure what is missing
-    python -m ofutils.sweep 03_quant --scale small --grid yes    every method at every learning rate
-    flags: --scale, --steps, --seeds, --corpus, --workers, --grid yes, --export yes
+    python -m ofutils.sweep 03_quant --scale small --grid    every method at every learning rate of its grid
+    flags: --scale, --steps, --seeds, --corpus, --workers, --grid, --export (write to figures/records)
 """
 
 import json
@@ -14,7 +14,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from multiprocessing.connection import Connection, wait
 
@@ -62,10 +63,6 @@ class Outcome:
     measured: dict | None = None  # {"loss", "sites": {site: metrics}} in full precision
     quantized: dict[str, float] = field(default_factory=dict)  # label of the settings -> loss
     error: str | None = None
-
-
-# ---------------------------------------------------------------------------------------------------
-# one job
 
 
 def _keys(job: Job) -> tuple[dict, list[dict]]:
@@ -116,10 +113,6 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     return Outcome(job, run, measured, losses)
 
 
-# ---------------------------------------------------------------------------------------------------
-# many jobs
-
-
 def run(jobs: list[Job], workers: int | None = None) -> list[Outcome]:
     """Perform jobs, each in its own good time; what fails is reported, the rest is finished.
 
@@ -137,12 +130,14 @@ def run(jobs: list[Job], workers: int | None = None) -> list[Outcome]:
     if workers is None:
         workers = 0 if params.device().type == "cuda" else os.cpu_count() or 1
     total = sum(jobs[index].config.steps for index in todo)
-    with tqdm(total=total, unit="step", mininterval=1, leave=False, disable=not todo) as bar:
-        if min(workers, len(todo)) < 2:
+    with tqdm(total=total, unit="step", mininterval=2, leave=False, disable=not todo) as bar:
+        if workers == 0:
             _run_here(jobs, todo, outcomes, bar)
         else:
-            for job in {job.config.model.vocab: job for job in jobs}.values():
-                train.load_tokens(job.config)  # cached on disk once, before the processes ask for it
+            configs = [jobs[index].config for index in todo]
+            for config in {(c.corpus, c.characters, c.model.vocab): c for c in configs}.values():
+                with suppress(UserError):  # its own run reports it
+                    train.load_tokens(config)  # cached on disk, before the processes ask for it
             _run_in_processes(jobs, todo, outcomes, bar, min(workers, len(todo)))
     for index in todo:
         if outcomes[index].error:
@@ -225,10 +220,6 @@ def _worker(pipe: Connection) -> None:
         return
 
 
-# ---------------------------------------------------------------------------------------------------
-# recipes
-
-
 @dataclass(frozen=True)
 class Recipe:
     """The runs of a notebook at one scale."""
@@ -239,7 +230,7 @@ class Recipe:
     grid: tuple[Job, ...]  # one seed of every method at every learning rate of its grid
     workers: int | None
 
-    def run(self, workers: int | None = None) -> list[Outcome]:
+    def run(self) -> list[Outcome]:
         """Perform or recall the jobs; records of a machine that cannot carry the scale are loaded only.
 
         Raises:
@@ -251,7 +242,7 @@ class Recipe:
                 f"{self.name} at scale {self.scale} needs a GPU: {len(missing)} of {len(self.jobs)} runs have "
                 f"no record here, e.g. {missing[0].label}; scales that work without: tiny, small"
             )
-        return run(list(self.jobs), self.workers if workers is None else workers)
+        return run(list(self.jobs), self.workers)
 
 
 def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: str = "") -> Recipe:
@@ -273,22 +264,21 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
     override = ({"steps": steps} if steps else {}) | ({"corpus": corpus} if corpus else {})
     settings = tuple(params.build(QuantSettings, one) for one in chosen["quant"])
     evaluation = params.build(Evaluation, chosen.get("evaluation", {}))
+    methods = content["methods"]
 
-    def job(method: str, lr: float, seed: int) -> Job:
-        own = content["methods"][method]
-        values = chosen["base"] | own | override | {"lr": lr, "seed": seed}
+    def job(method: str, seed: int, **rate) -> Job:
+        own = methods[method]
+        values = chosen["base"] | own | override | {"seed": seed} | rate
         values["model"] = chosen["base"].get("model", {}) | own.get("model", {})
         values["warmup"] = min(values["warmup"], values["steps"] // 4)
         return Job(method, params.build(TrainConfig, values), settings, evaluation)
 
-    methods = content["methods"]
-    jobs = tuple(job(m, chosen["lr"][m], seed) for seed in range(seeds or chosen["seeds"]) for m in methods)
-    grid = tuple(job(m, lr, 0) for m in methods for lr in chosen.get("grid", []))
+    rates = {method: {"lr": lr} for method, lr in chosen.get("lr", {}).items()}
+    jobs = tuple(job(m, seed, **rates.get(m, {})) for seed in range(seeds or chosen["seeds"]) for m in methods)
+    every = steps or chosen["base"]["steps"]
+    grid = [job(m, 0, lr=lr, measure_every=every) for m in methods for lr in chosen.get("grid", [])]
+    grid = tuple(replace(one, settings=(), evaluation=replace(evaluation, sites=())) for one in grid)
     return Recipe(name, scale, jobs, grid, chosen.get("workers"))
-
-
-# ---------------------------------------------------------------------------------------------------
-# command line
 
 
 @dataclass(frozen=True)
@@ -306,10 +296,9 @@ class Command:
 
 def main(arguments: list[str]) -> None:
     """The command line: a recipe by name; a line per run; exit code 1 when one failed."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    command = params.build(Command, params.flags(arguments[1:]))
+    if not arguments or {"-h", "--help"} & set(arguments):
+        return print(__doc__)
+    command = params.read(Command, arguments[1:])
     scale, why = params.resolve_scale(command.scale)
     recipe = read_recipe(arguments[0], scale, command.steps, command.seeds, command.corpus)
     jobs = recipe.grid if command.grid else recipe.jobs
@@ -320,7 +309,8 @@ def main(arguments: list[str]) -> None:
             costs = ", ".join(f"{k} {v - outcome.measured['loss']:+.4f}" for k, v in outcome.quantized.items())
             print(f"{outcome.job.label}: loss {outcome.measured['loss']:.4f}; {costs}")
     if command.export:
-        print(f"records written to {export(outcomes, f'{recipe.name}.{scale}')}")
+        name = f"{recipe.name}.{scale}{'.grid' if command.grid else ''}"
+        print(f"records written to {export(outcomes, name)}")
     if any(outcome.error for outcome in outcomes):
         sys.exit(1)
 

@@ -128,7 +128,11 @@ def find(config: TrainConfig) -> Run | None:
     record = store().find("train", differing(config))
     if record is None:
         return None
-    same_corpus(record, data.load_corpus(config.corpus, config.characters).sha256)
+    try:
+        here = data.load_corpus(config.corpus, config.characters).sha256
+    except UserError:
+        here = None  # the record speaks for itself
+    same_corpus(record, here)
     return Run(config, record)
 
 
@@ -175,9 +179,11 @@ def train(
     if report is None:
         report = _bar(config, state.step, shown=accelerator.is_main_process)
 
+    cuda = accelerator.device.type == "cuda"
+    dropout_generator = torch.cuda.default_generators[accelerator.device.index] if cuda else torch.default_generator
     model.train()
     while state.step < config.steps and state.diverged is None:
-        torch.manual_seed((config.seed * 1_000_003 + state.step) * 1_009 + rank)  # dropout
+        dropout_generator.manual_seed((config.seed * 1_000_003 + state.step) * 1_009 + rank)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * optim.schedule(state.step, config.steps, config.warmup)
         batches.cursor = state.step
@@ -270,7 +276,7 @@ def _bar(config: TrainConfig, done: int, shown: bool) -> Callable[[int, float], 
         initial=done,
         desc=config.name,
         unit="step",
-        mininterval=1,
+        mininterval=2,
         leave=False,
         disable=not shown,
     )

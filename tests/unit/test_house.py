@@ -1,6 +1,7 @@
 """The house: floors, sizes, docstrings, style."""
 
 import ast
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -61,3 +62,34 @@ def test_ruff(command):
         pytest.skip('ruff comes with the extra dev: pip install -e ".[dev]" -c constraints.txt')
     done = subprocess.run([ruff, *command, "."], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readmes_python_runs(capsys):
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_readmes_commands_and_links_exist():
+    text = (ROOT / "README.md").read_text()
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    assert {command.split()[1] for command in commands if command.startswith("make")} <= set(targets)
+    assert 'pip install -e ".[dev]" -c constraints.txt' in commands
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / link).exists(), link
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"notebooks/{path.name}" in text
+
+
+def test_ci_is_make_test_and_nothing_else():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line for line in lines[1:] if line.strip()] == [
+        "set -euo pipefail",
+        'cd "$(dirname "$0")/.."',
+        "make test",
+    ]

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,8 +57,7 @@ def test_a_broken_run_resumes_to_the_bit(out, config, monkeypatch, method, optim
 def test_sigkill_and_the_same_command_again_continue_to_the_bit(out, corpus, config):
     config = dataclasses.replace(config, steps=2000, measure_every=1000)
     (out / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
-    program = "import sys; from ofutils import train, params; train.SAVE_EVERY; params.main_guard(train.main)"
-    command = [sys.executable, "-c", program, "--config", str(out / "run.yaml"), "--steps", "400"]
+    command = [sys.executable, "-m", "ofutils.train", "--config", str(out / "run.yaml"), "--steps", "400"]
 
     def run(folder, **more):
         return subprocess.Popen(command, env=os.environ | {"OFUTILS_OUT": str(folder)}, **more)
@@ -131,6 +131,10 @@ def test_a_checkpoint_of_another_corpus_is_refused_and_a_record_says_so(out, con
     train.data.load_corpus.cache_clear()
     assert train.find(config) is not None
     assert "made on another corpus" in capsys.readouterr().out
+    shutil.rmtree(corpus)
+    train.data.load_corpus.cache_clear()
+    assert train.find(config) is not None
+    assert "here none" in capsys.readouterr().out
 
 
 def test_damaged_files_are_named(out, config):
@@ -176,7 +180,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(out, config, mo
         (["--objective", "mlm"], "objective 'mlm' is not built yet; built: clm"),
         (["--optimizer", "adam"], "unknown optimizer 'adam' .did you mean 'adamw'"),
         (["steps=5"], "expected a flag such as --steps 100"),
-        (["--steps"], "flag --steps has no value"),
+        (["--steps"], "parameter steps: expected int, got True"),
         (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
         (["--steps", "0"], "steps must be at least 1"),
     ],
