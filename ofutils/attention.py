@@ -16,7 +16,7 @@ def clipped_softmax(scores: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
 
     clip((zeta - gamma) softmax(scores) + gamma, 0, 1). A head can then do nothing without pushing its
     scores, and with them the activations below, to extremes. Rows no longer sum to one; clipped entries
-    get no gradient; masked entries (-inf, or the dtype's minimum) come out as exactly zero.
+    get no gradient; masked entries (-inf, or the dtype's minimum) of a row with others come out as exactly zero.
 
     Args:
         scores: (..., T, T), scaled and masked.
@@ -43,7 +43,8 @@ class Gate(nn.Module):
         kind: `linear`, `mlp` or `all_heads`.
         heads, head_width: H and K.
         hidden: width of the hidden layer of `mlp`.
-        pi_init: the gate's value at a zero input, in (0, 1).
+        pi_init: sigmoid of the last bias at the start, in (0, 1): the gate's value at a zero input, but for
+            what the random hidden biases of `mlp` add.
 
     Source: bondarenko2023, Eq 5-7 and Table 4. Departure: the last bias starts at logit(pi_init) in
     every variant, as the paper says; the authors' code does so for `linear` only.
@@ -98,7 +99,7 @@ class QKNorm(nn.Module):
 def register_clipped_softmax(name: str, gamma: float, zeta: float = 1.0) -> None:
     """Make clipped softmax an attention implementation of transformers: `attn_implementation=name`.
 
-    Works for every Hugging Face model with the attention interface, without surgery on the model.
+    Works for Hugging Face models with the attention interface, without surgery on the model.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
@@ -108,6 +109,8 @@ def register_clipped_softmax(name: str, gamma: float, zeta: float = 1.0) -> None
 
 
 def _interface_forward(module, query, key, value, attention_mask, scaling, gamma, zeta, dropout=0.0, **_):
+    groups = query.shape[1] // key.shape[1]  # query heads that share a key head
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * scaling  # (B, H, T, T)
     if attention_mask is not None:
         scores = scores + attention_mask

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ofutils import UserError, params
+from ofutils import NUMERICS, UserError, params
 from ofutils.records import write_atomically
 
 BUILT_IN = ("stdlib", "site-packages")
@@ -91,7 +91,10 @@ def _read_file(path: Path) -> list[tuple[str, str]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(path)
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise UserError(f"corpus {path}: is not a readable parquet file") from error
         columns = [f.name for f in table.schema if str(f.type) in ("string", "large_string")]
         column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
         if column is None:
@@ -102,8 +105,8 @@ def _read_file(path: Path) -> list[tuple[str, str]]:
     else:
         try:
             texts = path.read_text(encoding="utf-8").split("\n\n")  # paragraphs
-        except UnicodeDecodeError as error:
-            raise UserError(f"corpus {path}: is neither UTF-8 text nor parquet") from error
+        except (UnicodeDecodeError, OSError) as error:
+            raise UserError(f"corpus {path}: is neither readable UTF-8 text nor parquet") from error
     return [(f"{index:09d}", text) for index, text in enumerate(texts) if text and text.strip()]
 
 
@@ -127,7 +130,7 @@ def load_corpus(source: str = "stdlib", characters: int = 0) -> Corpus:
         documents = [item for place in site.getsitepackages() for item in _read_folder(Path(place), {".py"})]
     else:
         path = Path(source).expanduser()
-        if not path.exists():
+        if not source or not path.exists():
             known = ", ".join(BUILT_IN)
             raise UserError(
                 f"corpus {source!r}: no such file or folder{params.suggest(source, BUILT_IN)}; built in: {known}"
@@ -164,14 +167,14 @@ class Tokens:
 def tokenize(corpus: Corpus, vocab: int) -> Tokens:
     """Train a byte-level BPE on the training split and encode both; cached on disk by content.
 
-    The cache lies in `runs/tokens` and is named by the corpus' sha256 and the vocabulary.
+    The cache lies in `runs/tokens` and is named by the corpus' sha256, the vocabulary and `NUMERICS`.
 
     Args:
         vocab: number of ids, at least 257 (the bytes and the end-of-text token).
     """
     if vocab < 257:
         raise UserError(f"vocab must be at least 257 (256 bytes and {_END}), got {vocab}")
-    folder = params.out() / "runs" / "tokens" / f"{corpus.sha256[:16]}-{vocab}"
+    folder = params.out() / "runs" / "tokens" / f"{corpus.sha256[:16]}-{vocab}-{NUMERICS}"
     paths = {split: folder / f"{split}.npy" for split in ("train", "validation")}
     tokenizer_path = folder / "tokenizer.json"
     if not all(path.is_file() for path in (*paths.values(), tokenizer_path)):

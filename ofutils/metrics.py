@@ -38,7 +38,7 @@ def max_median_ratio(x: Tensor) -> Tensor:
         x: (..., D), activations; all leading axes are tokens.
 
     Returns:
-        0-d float64, at least 1; about 5 for Gaussian noise at D = 768.
+        0-d float64, at least 1; about 5 for Gaussian noise at D = 768; inf or nan where a median is 0 (after a ReLU).
 
     Source: he2024, Eq 2, with the mean over tokens (Figures 11 and 13). The authors' code centres x.
     """
@@ -98,8 +98,9 @@ def six_sigma_count(x: Tensor) -> int:
 class Statistics:
     """Streaming statistics of one site, from which every metric above is read.
 
-    `add` takes a batch of activations (B, ..., D); rows are the entries of axis 0, tokens all leading
-    axes. Statistics of parts merge into the statistics of the whole, in any order.
+    `add` takes a batch of activations (B, ..., D); rows are the entries of axis 0, so sequences, tokens all
+    leading axes. (In the authors' OPT code a row of `norm2` and `mlp_out` is a token.) Statistics of parts
+    merge into the statistics of the whole, in any order.
     """
 
     rows: int = 0

@@ -18,17 +18,15 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def groups(model: nn.Module, weight_decay: float, decay_norm: bool = False) -> list[dict]:
     """Parameters with and without weight decay.
 
-    Matrices and embeddings decay; biases, residual gains and gate biases do not; the gains of norms do
+    Matrices and embeddings decay; biases (gates' too) and residual gains do not; the gains of norms do
     only with `decay_norm` (bondarenko2023's `--wd_LN_gamma`, which changes OPT's outliers: its Table 6).
     """
-    norms = (nn.LayerNorm,)
-    gains = {id(m.weight) for m in model.modules() if isinstance(m, norms)}
     decayed, plain = [], []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        chosen = decay_norm if id(parameter) in gains else parameter.ndim >= 2
-        (decayed if chosen else plain).append(parameter)
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        norm_gain = "norm" in module.rpartition(".")[2] and kind == "weight"
+        matrix = parameter.ndim >= 2 and "bias" not in kind
+        (decayed if matrix or (norm_gain and decay_norm) else plain).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
@@ -43,14 +41,16 @@ def make(
 ) -> torch.optim.Optimizer:
     """AdamW from torch, or SOAP, over the groups of `model`.
 
-    SOAP never rotates the vocabulary dimension of an embedding, as he2024's does not (50k there).
+    SOAP does not rotate the vocabulary side of the token embedding, as he2024's does not.
     """
     parts = groups(model, weight_decay, decay_norm)
     if name == "adamw":
         return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=eps, fused=True)
     if name == "soap":
-        vocab = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=10_001)
-        return SOAP(parts, lr, betas, eps, max_precondition_dim=min(10_000, vocab - 1))
+        table = model.token_embedding.weight
+        rest = [parameter for parameter in parts[0]["params"] if parameter is not table]
+        own = {"params": [table], "weight_decay": weight_decay, "max_precondition_dim": table.shape[1]}
+        return SOAP([own, {**parts[0], "params": rest}, parts[1]], lr, betas, eps)
     raise UserError(f"unknown optimizer {name!r}{params.suggest(name, OPTIMIZERS)}; known: {', '.join(OPTIMIZERS)}")
 
 
@@ -60,10 +60,10 @@ class SOAP(torch.optim.Optimizer):
     For a matrix W with gradient G, L and R are moving averages of G G^T and G^T G; Adam runs on
     Q_L^T G Q_R, where Q_L, Q_R are their eigenvectors, refreshed every `precondition_frequency` steps by
     one power iteration. The first step only initialises: parameters stay. Other shapes get Adam. The
-    state is tensors only, in float32 or better.
+    state is tensors only, of the parameter's dtype: float32 or float64.
 
     Args:
-        params: parameters or groups.
+        params: parameters, or groups with settings of their own (`max_precondition_dim` too).
         lr: learning rate.
         betas: of the first moment, and of the second moment and L, R alike.
         eps: added to sqrt(V) before its bias correction, so early on it weighs more than in AdamW.
@@ -87,8 +87,8 @@ class SOAP(torch.optim.Optimizer):
         if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas) or precondition_frequency < 1:
             raise UserError(f"SOAP: bad lr {lr}, eps {eps}, betas {betas} or frequency {precondition_frequency}")
         self.precondition_frequency = precondition_frequency
-        self.max_precondition_dim = max_precondition_dim
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        usual = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, usual | {"max_precondition_dim": max_precondition_dim})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -99,15 +99,12 @@ class SOAP(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state, grad = (
-                    self.state[parameter],
-                    parameter.grad.to(torch.promote_types(parameter.dtype, torch.float32)),
-                )
+                state, grad = self.state[parameter], parameter.grad
                 if not state:
-                    state.update(soap_init(grad, group["betas"][1], self.max_precondition_dim))
+                    state.update(soap_init(grad, group["betas"][1], group["max_precondition_dim"]))
                     continue
                 update = soap_update(grad, state, group["betas"], group["eps"], self.precondition_frequency)
-                parameter.sub_((group["lr"] * update).to(parameter.dtype))
+                parameter.sub_(update, alpha=group["lr"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
         return loss
 
@@ -123,7 +120,7 @@ def soap_init(grad: Tensor, beta2: float, max_dim: int) -> dict[str, Tensor]:
         for side, gram in (("left", grad @ grad.T), ("right", grad.T @ grad)):
             if len(gram) <= max_dim:
                 state[f"gram_{side}"] = (1 - beta2) * gram
-                state[f"basis_{side}"] = torch.linalg.eigh(state[f"gram_{side}"]).eigenvectors.flip(1)
+                state[f"basis_{side}"] = torch.linalg.eigh(state[f"gram_{side}"]).eigenvectors.flip(1).contiguous()
     return state
 
 
@@ -164,4 +161,4 @@ def _refresh(state: dict[str, Tensor], side: str) -> None:
     gram, basis = state[f"gram_{side}"], state[f"basis_{side}"]
     order = (basis * (gram @ basis)).sum(0).argsort(descending=True)  # diag(Q^T G Q)
     state["exp_avg_sq"] = state["exp_avg_sq"].index_select(0 if side == "left" else 1, order)
-    state[f"basis_{side}"] = torch.linalg.qr(gram @ basis[:, order]).Q
+    state[f"basis_{side}"] = torch.linalg.qr(gram @ basis[:, order]).Q.contiguous()

@@ -80,7 +80,7 @@ def coerce(name: str, value, kind):
     if origin in (tuple, list):
         inner = typing.get_args(kind)[0]
         if isinstance(value, str):
-            value = [part for part in value.strip("[]()").split(",") if part.strip()]
+            value = _items(value)
         if not isinstance(value, (list, tuple)):
             raise UserError(f"parameter {name}: expected a list of {inner.__name__}, got {value!r}")
         return origin(coerce(name, item, inner) for item in value)
@@ -97,6 +97,21 @@ def coerce(name: str, value, kind):
     if type(result) is not kind:
         raise UserError(f"parameter {name}: expected {kind.__name__}, got {value!r}")
     return result
+
+
+def _items(text: str) -> list:
+    """`[1, 2]`, `1, 2` and `['a', 'b']` as a list; a bare name is one item of text."""
+    try:
+        value = ast.literal_eval(text)
+        return list(value) if isinstance(value, (list, tuple)) else [value]
+    except (ValueError, SyntaxError):
+        return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def require(condition: bool, message: str) -> None:
+    """A UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def build(cls, values: dict, prefix: str = ""):
@@ -141,9 +156,10 @@ def read(cls, arguments: list[str]):
 
     values = flags(arguments)
     if (path := values.pop("config", None)) is not None:
+        require(isinstance(path, str), "--config needs the path of a YAML file")
         try:
-            base = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
+            base = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
         if not isinstance(base, dict):
             raise UserError(f"{path} holds no mapping of parameters")
@@ -261,5 +277,6 @@ def flags(arguments: list[str]) -> dict:
         place = values
         for part in path:
             place = place.setdefault(part, {})
+            require(isinstance(place, dict), f"--{part} is a group of parameters: give --{part}.NAME VALUE")
         place[last] = value
     return values

@@ -186,6 +186,9 @@ class QuantSettings:
     def __post_init__(self):
         if self.weights not in ESTIMATORS:
             raise UserError(f"unknown weights {self.weights!r}; known: {', '.join(ESTIMATORS)}")
+        for bits in (self.weight_bits, self.activation_bits):
+            params.require(2 <= bits <= 16, f"bits must lie between 2 and 16, got {bits}")
+        params.require(self.margin >= 0, f"margin must be at least 0, got {self.margin}")
         if not 50 < self.percentile <= 100 or not 0 <= self.momentum < 1 or self.batches < 1:
             raise UserError(f"bad percentile {self.percentile}, momentum {self.momentum} or batches {self.batches}")
 

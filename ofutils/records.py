@@ -8,9 +8,12 @@ with a default leaves old names as they are.
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ofutils import NUMERICS, UserError
 
@@ -36,15 +39,16 @@ def digest(kind: str, key: dict, numerics: int = NUMERICS) -> str:
 
 def write_atomically(path: Path, write) -> None:
     """Call `write(temporary_path)`, then rename: the file is whole or it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,13 @@ class Store:
         """
         path = self.path(kind, key)
         if path.is_file():
-            return _parse(path.read_text(), path, digest(kind, key))
+            return _parse(path.read_bytes(), path, digest(kind, key))
         return self._committed().get(digest(kind, key))
 
     def _committed(self) -> dict[str, dict]:
         found = {}
         for path in sorted(self.committed.glob("*.jsonl")):
-            for line in path.read_text().splitlines():
-                record = _parse(line, path)
-                found[record["name"]] = record
+            found |= _read_lines(path, path.stat().st_mtime_ns)
         return found
 
     def export(self, records: list[dict], name: str) -> Path:
@@ -97,13 +99,19 @@ class Store:
         return path
 
 
-def _parse(text: str, path: Path, name: str | None = None) -> dict:
+@lru_cache(maxsize=32)
+def _read_lines(path: Path, _changed: int) -> dict[str, dict]:
+    records = [_parse(line, path) for line in path.read_bytes().splitlines()]
+    return {record["name"]: record for record in records}
+
+
+def _parse(text: bytes, path: Path, name: str | None = None) -> dict:
     try:
         record = json.loads(text)
         kind = record["name"].rpartition("-")[0]
         true_name = digest(kind, record["key"], record["numerics"])
         whole = {"environment", "result"} <= record.keys()
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"record {path} is not readable; delete it to repeat its run") from error
     if not whole or true_name != record["name"] or name not in (None, true_name):
         raise UserError(f"record {path} does not hold what its name says; delete it to repeat its run")

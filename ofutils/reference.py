@@ -7,6 +7,7 @@ an unverified number is never handed out as the paper's.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from math import isfinite
 from statistics import mean, stdev
 
 import pandas as pd
@@ -14,7 +15,7 @@ import pandas as pd
 from ofutils import UserError, params
 
 SEEDS_NEEDED = 3
-# Student's t, 95% one-sided, by degrees of freedom; the normal value from 30 on
+# Student's t, 95% one-sided, by degrees of freedom; beyond 10 the last one, which is a little wide
 _T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833, 10: 1.812}
 _PAPERS = ("bondarenko2023", "he2024")
 
@@ -44,12 +45,12 @@ def table(paper: str, item: str) -> pd.DataFrame:
 
 
 def value(paper: str, item: str, row: str, column: str) -> float:
-    """One verified number. Raises UserError where the paper's is not known or not verified."""
+    """One verified number. Raises UserError where the paper's is not known, not verified, or only a bound."""
     numbers = table(paper, item)
     found = numbers[(numbers["row"] == row) & (numbers["column"] == column)]
-    if len(found) != 1:
+    if len(found) != 1 or found["value"].iloc[0][0] in "<>":
         raise UserError(f"{paper}, {item}: no verified {column} for {row!r}")
-    return float(found["value"].iloc[0].lstrip("<>"))
+    return float(found["value"].iloc[0])
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,10 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """Claim, ours with its interval, the paper's, the rule, the verdict: four lines."""
-        ours = f"{self.mean:.3g}"
-        if self.seeds > 1:
-            ours += f" [{self.low:.3g}, {self.high:.3g}]"
-        return (
-            f"{self.claim}\n  ours  {ours}, n = {self.seeds} seeds;  paper  {self.paper}\n"
-            f"  rule  above {self.margin:g};  verdict  {self.verdict}\n"
-        )
+        """Two lines: the claim with our number and its interval; verdict, rule, seeds and the paper's number."""
+        interval = f" [{self.low:.3g}, {self.high:.3g}]" if self.seeds > 1 else ""
+        rule = f"rule: above {self.margin:g}, n = {self.seeds}; paper: {self.paper}"
+        return f"{self.claim} {self.mean:.3g}{interval}\n    {self.verdict} ({rule})\n"
 
 
 def compare(claim: str, ours: Sequence[float], margin: float, paper: str, untestable: str = "") -> Verdict:
@@ -93,10 +90,13 @@ def compare(claim: str, ours: Sequence[float], margin: float, paper: str, untest
     """
     values = [float(x) for x in ours]
     n, centre = len(values), mean(values) if values else float("nan")
-    reach = _T95.get(n - 1, 1.645) * stdev(values) / n**0.5 if n > 1 else float("inf")
+    whole = all(map(isfinite, values))
+    reach = _T95[min(n - 1, 10)] * stdev(values) / n**0.5 if n > 1 and whole else float("inf")
     low, high = centre - reach, centre + reach
     if untestable:
         verdict = f"not testable at this scale: {untestable}"
+    elif not whole:
+        verdict = "not testable at this scale: not every seed gave a number"
     elif n < SEEDS_NEEDED:
         verdict = f"not testable at this scale: {n} of {SEEDS_NEEDED} seeds"
     elif low > margin:

@@ -8,7 +8,6 @@ command read the same one, so a machine without Jupyter can do the work and the 
     flags: --scale, --steps, --seeds, --corpus, --workers, --grid, --export (write to figures/records)
 """
 
-import json
 import multiprocessing
 import os
 import sys
@@ -47,6 +46,10 @@ class Job:
     config: TrainConfig
     settings: tuple[QuantSettings, ...] = ()
     evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self):
+        labels = [one.label for one in self.settings]
+        params.require(len(set(labels)) == len(labels), f"two quantization settings of a job are called {labels}")
 
     @property
     def label(self) -> str:
@@ -90,14 +93,17 @@ def recall(job: Job) -> Outcome | None:
 def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Outcome:
     """Train the run of a job, measure and quantize it, and write a record of each; or recall them.
 
-    Calibration batches come from the training split, with the run's seed.
+    Calibration batches come from the training split, drawn by the run's seed in an order of their own.
     """
     if known := recall(job):
         return known
     run = train.train(job.config, report=report)
     if run.diverged:
         return Outcome(job, run, error=f"diverged at step {run.diverged}")
-    model, tokens, context = run.load(), train.load_tokens(job.config), job.config.model.context
+    tokens, context = train.load_tokens(job.config), job.config.model.context
+    trained_on = run.record["environment"]["corpus"]
+    params.require(trained_on == tokens.corpus, f"{run.config.name} was trained on another corpus than is here")
+    model = (run if run.has_weights else train.train(job.config, report=report, again=True)).load()
     evaluation = data.fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, context)
     store, environment = train.store(), params.environment() | {"corpus": tokens.corpus}
     measured_key, quantized_keys = _keys(job)
@@ -105,7 +111,7 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     store.write("measure", measured_key, measured, environment)
     losses = {}
     for settings, key in zip(job.settings, quantized_keys, strict=True):
-        drawn = data.Batches(tokens.train, job.evaluation.batch, context, seed=job.config.seed)
+        drawn = data.Batches(tokens.train, job.evaluation.batch, context, seed=10_000 + job.config.seed)
         ranges = calibrate(model, [drawn.draw() for _ in range(settings.batches)], settings)
         with quantized(model, settings, ranges):
             losses[settings.label] = measure(model, evaluation, loss=clm_loss).loss
@@ -155,7 +161,7 @@ def _run_here(jobs, todo, outcomes, bar) -> None:
 
         try:
             outcomes[index] = perform(job, report)
-        except (UserError, RuntimeError, OSError):
+        except Exception:
             outcomes[index] = Outcome(job, error=traceback.format_exc())
 
 
@@ -174,7 +180,8 @@ def _run_in_processes(jobs, todo, outcomes, bar, workers) -> None:
     def assign(pipe, process):
         if waiting:
             busy[pipe] = (process, waiting.pop(0))
-            pipe.send(jobs[busy[pipe][1]])
+            with suppress(BrokenPipeError):  # a dead worker shows at the end of its pipe
+                pipe.send(jobs[busy[pipe][1]])
         else:
             pipe.close()  # the worker ends at the end of its pipe
 
@@ -186,7 +193,7 @@ def _run_in_processes(jobs, todo, outcomes, bar, workers) -> None:
                 process, index = busy[pipe]
                 try:
                     message = pipe.recv()
-                except (EOFError, ConnectionResetError):
+                except (EOFError, OSError):
                     process.join()
                     outcomes[index] = Outcome(jobs[index], error=f"its process died (exit code {process.exitcode})")
                     del busy[pipe]
@@ -222,7 +229,7 @@ def _worker(pipe: Connection) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The runs of a notebook at one scale."""
+    """The runs of a notebook at one scale. Seed 0 is for choosing (the grid, a search), seeds from 1 for judging."""
 
     name: str
     scale: str
@@ -230,19 +237,20 @@ class Recipe:
     grid: tuple[Job, ...]  # one seed of every method at every learning rate of its grid
     workers: int | None
 
-    def run(self) -> list[Outcome]:
-        """Perform or recall the jobs; records of a machine that cannot carry the scale are loaded only.
+    def run(self, grid: bool = False, workers: int | None = None) -> list[Outcome]:
+        """Perform or recall the jobs, or those of the grid; a machine that cannot carry the scale only recalls.
 
         Raises:
             UserError: at scale gpu or paper without a GPU, when a record is missing.
         """
+        jobs = self.grid if grid else self.jobs
         here = self.scale in ("tiny", "small") or params.device().type != "cpu"
-        if not here and (missing := [job for job in self.jobs if recall(job) is None]):
+        if not here and (missing := [job for job in jobs if recall(job) is None]):
             raise UserError(
-                f"{self.name} at scale {self.scale} needs a GPU: {len(missing)} of {len(self.jobs)} runs have "
+                f"{self.name} at scale {self.scale} needs a GPU: {len(missing)} of {len(jobs)} runs have "
                 f"no record here, e.g. {missing[0].label}; scales that work without: tiny, small"
             )
-        return run(list(self.jobs), self.workers)
+        return run(list(jobs), self.workers if workers is None else workers)
 
 
 def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: str = "") -> Recipe:
@@ -261,6 +269,9 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
     if scale not in content["scales"]:
         raise UserError(f"{name} has no recipe for scale {scale!r}; it has: {', '.join(content['scales'])}")
     chosen = content["scales"][scale]
+    params.require(steps >= 0 and seeds >= 0, f"steps and seeds must be at least 0, got {steps} and {seeds}")
+    named = corpus or chosen["base"].get("corpus", "stdlib")
+    params.require(named != "", f"{name} at scale {scale} needs a text to train on: name it with corpus")
     override = ({"steps": steps} if steps else {}) | ({"corpus": corpus} if corpus else {})
     settings = tuple(params.build(QuantSettings, one) for one in chosen["quant"])
     evaluation = params.build(Evaluation, chosen.get("evaluation", {}))
@@ -274,7 +285,8 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
         return Job(method, params.build(TrainConfig, values), settings, evaluation)
 
     rates = {method: {"lr": lr} for method, lr in chosen.get("lr", {}).items()}
-    jobs = tuple(job(m, seed, **rates.get(m, {})) for seed in range(seeds or chosen["seeds"]) for m in methods)
+    start, count = chosen.get("first_seed", 1), seeds or chosen["seeds"]
+    jobs = tuple(job(m, seed, **rates.get(m, {})) for seed in range(start, start + count) for m in methods)
     every = steps or chosen["base"]["steps"]
     grid = [job(m, 0, lr=lr, measure_every=every) for m in methods for lr in chosen.get("grid", [])]
     grid = tuple(replace(one, settings=(), evaluation=replace(evaluation, sites=())) for one in grid)
@@ -301,9 +313,8 @@ def main(arguments: list[str]) -> None:
     command = params.read(Command, arguments[1:])
     scale, why = params.resolve_scale(command.scale)
     recipe = read_recipe(arguments[0], scale, command.steps, command.seeds, command.corpus)
-    jobs = recipe.grid if command.grid else recipe.jobs
-    print(f"{recipe.name} at scale {scale} ({why}): {len(jobs)} runs")
-    outcomes = run(list(jobs), recipe.workers if command.workers < 0 else command.workers)
+    print(f"{recipe.name} at scale {scale} ({why}): {len(recipe.grid if command.grid else recipe.jobs)} runs")
+    outcomes = recipe.run(command.grid, None if command.workers < 0 else command.workers)
     for outcome in outcomes:
         if not outcome.error:
             costs = ", ".join(f"{k} {v - outcome.measured['loss']:+.4f}" for k, v in outcome.quantized.items())
@@ -325,7 +336,7 @@ def export(outcomes: list[Outcome], name: str):
         found = [outcome.run.record, store.find("measure", measured_key)]
         found += [store.find("quant", key) for key in quantized_keys]
         records += [record for record in found if record]
-    return store.export(json.loads(json.dumps(records)), name)
+    return store.export(records, name)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 What a step does depends on the configuration and the step's number alone: the batch follows from seed and
 cursor, the learning rate from the schedule, dropout from a generator seeded by both. So the state to keep
-is the model, the optimizer and the log; a killed run that is started again ends in the same weights.
+is the model, the optimizer and the log; a killed run that is started again ends in the same weights, to the
+bit on a CPU with the same number of threads (a GPU's fused attention does not promise its last bit).
 
     python -m ofutils.train --steps 200 --model.layers 4     flags, or --config run.yaml, or both
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ofutils import UserError, data, optim, params
-from ofutils.probes import measure
+from ofutils.probes import measure, resolve
 from ofutils.records import Store, differing, digest, same_corpus, write_atomically
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
 
@@ -65,12 +66,17 @@ class TrainConfig:
         if self.objective not in _BUILT:
             raise UserError(f"objective {self.objective!r} is not built yet; built: {', '.join(_BUILT)}")
         for name in ("batch", "steps", "measure_every", "eval_batches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0 or self.clip <= 0 or self.warmup < 0:
-            raise UserError(
-                f"lr and clip must be positive and warmup at least 0, got {self.lr}, {self.clip}, {self.warmup}"
-            )
+            params.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("characters", "warmup", "eps", "weight_decay", "seed"):
+            params.require(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            params.require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        params.require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"betas must be two numbers in [0, 1), got {self.betas}",
+        )
+        params.require(self.model.context >= 2, "a context of one token leaves nothing to predict")
+        params.require(len(self.sites) > 0, "sites must name at least one site")
 
     @property
     def name(self) -> str:
@@ -109,8 +115,11 @@ class Run:
         """The trained model, in evaluation mode, on this machine's device."""
         if not self.has_weights:
             raise UserError(f"{self.config.name}: the record is here, its weights are not")
-        model = Transformer(self.config.model)
-        model.load_state_dict(load_file(_folder(self.config) / "model.safetensors"))
+        model, path = Transformer(self.config.model), _folder(self.config) / "model.safetensors"
+        try:
+            model.load_state_dict(load_file(path))
+        except SafetensorError as error:
+            raise UserError(f"weights {path} are not readable; delete them to train the run again") from error
         return model.to(params.device()).eval()
 
 
@@ -141,6 +150,7 @@ def train(
     model: Transformer | None = None,
     report: Callable[[int, float], None] | None = None,
     save_every: int = SAVE_EVERY,
+    again: bool = False,
 ) -> Run:
     """Train, or load the finished run, or go on with the broken one.
 
@@ -149,6 +159,7 @@ def train(
         model: where training starts, with `config.start` as its name; it is trained in place.
         report: called with (steps done, loss) instead of the progress bar.
         save_every: steps between checkpoints.
+        again: train even where there is a record, for the weights that are not here.
 
     Returns:
         The finished run. One whose loss stopped being finite is finished too, see `Run.diverged`.
@@ -158,12 +169,13 @@ def train(
     """
     if (model is None) == bool(config.start):
         raise UserError("a run that starts from a loaded model needs both the model and config.start, its name")
-    if run := find(config):
+    if not again and (run := find(config)):
         return run
-    tokens = load_tokens(config)
+    accelerator = Accelerator(cpu=params.device().type == "cpu")
+    with accelerator.main_process_first():
+        tokens = load_tokens(config)
     batches = data.Batches(tokens.train, config.batch, config.model.context, config.seed)
     evaluation = data.fixed_batches(tokens.validation, config.eval_batches, config.batch, config.model.context)
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=params.device().type == "cpu")
     world, rank = accelerator.num_processes, accelerator.process_index
     if config.batch % world:
         raise UserError(f"a batch of {config.batch} does not split over {world} processes")
@@ -179,8 +191,11 @@ def train(
     if report is None:
         report = _bar(config, state.step, shown=accelerator.is_main_process)
 
-    cuda = accelerator.device.type == "cuda"
-    dropout_generator = torch.cuda.default_generators[accelerator.device.index] if cuda else torch.default_generator
+    resolve(model, config.sites)  # an unknown site is an error before the training, not after
+    place = accelerator.device.type
+    mixed = torch.autocast(place, torch.bfloat16, enabled=config.precision == "bf16")
+    generators = torch.cuda.default_generators if place == "cuda" else [torch.default_generator]
+    dropout_generator = generators[torch.cuda.current_device() if place == "cuda" else 0]
     model.train()
     while state.step < config.steps and state.diverged is None:
         dropout_generator.manual_seed((config.seed * 1_000_003 + state.step) * 1_009 + rank)
@@ -188,7 +203,8 @@ def train(
             group["lr"] = config.lr * optim.schedule(state.step, config.steps, config.warmup)
         batches.cursor = state.step
         batch = batches.draw()[rank::world].to(accelerator.device)
-        loss = clm_loss(trained(batch), batch)
+        with mixed:
+            loss = clm_loss(trained(batch), batch)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), config.clip)
         stepper.step()
@@ -197,10 +213,12 @@ def train(
         state.loss_sum += loss.detach()
         state.loss_count += 1
         if state.step % config.measure_every == 0 or state.step == config.steps:
+            state.loss_sum = accelerator.reduce(state.loss_sum, "mean")
             _measure(state, config, model, evaluation)
         if state.step % 10 == 0 or state.step == config.steps:
             report(state.step, float(loss.detach()))
-        if state.step % save_every == 0 and state.step < config.steps and accelerator.is_main_process:
+        going_on = state.step < config.steps and state.diverged is None
+        if state.step % save_every == 0 and going_on and accelerator.is_main_process:
             _save(checkpoint, model, optimizer, state, tokens.corpus)
 
     accelerator.wait_for_everyone()
@@ -213,6 +231,7 @@ def train(
         checkpoint.unlink(missing_ok=True)
     else:
         record = {"name": config.name, "environment": {}, "result": result}
+    accelerator.wait_for_everyone()
     return Run(config, record)
 
 

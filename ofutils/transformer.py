@@ -38,7 +38,7 @@ class TransformerConfig:
     qk_norm: str = "none"  # none | layernorm | rmsnorm
     residual_gain: float = 1.0  # scalar on both branches, trained; 1 is a plain sum without a parameter
     embed_scale: float = 1.0  # fixed factor on the token embedding
-    dropout: float = 0.0  # on the embedding sum and both branches; attention probabilities have none
+    dropout: float = 0.0  # on both branches, as in OPT; embeddings and attention probabilities have none
     init_std: float = 0.02  # of every matrix and embedding
 
     def __post_init__(self):
@@ -46,15 +46,18 @@ class TransformerConfig:
         _one_of("norm_position", self.norm_position, ("pre", "post"))
         _one_of("gate", self.gate, GATES)
         _one_of("qk_norm", self.qk_norm, QK_NORMS)
+        for name in ("mlp_width", "embed_width"):
+            params.require(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
+        params.require(self.init_std > 0, f"init_std must be positive, got {self.init_std}")
         for name in ("vocab", "layers", "width", "heads", "context", "gate_hidden"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        _require(self.width % self.heads == 0, f"width {self.width} does not split into {self.heads} heads")
-        _require(self.gamma <= 0, f"gamma must be at most 0, got {self.gamma}")
-        _require(self.alpha >= 0, f"alpha must be at least 0, got {self.alpha}")
-        _require(not (self.alpha and self.gamma), "set gamma or alpha, not both")
-        _require(self.zeta >= 1, f"zeta must be at least 1, got {self.zeta}")
-        _require(0 < self.pi_init < 1, f"pi_init must lie between 0 and 1, got {self.pi_init}")
-        _require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
+            params.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        params.require(self.width % self.heads == 0, f"width {self.width} does not split into {self.heads} heads")
+        params.require(self.gamma <= 0, f"gamma must be at most 0, got {self.gamma}")
+        params.require(self.alpha >= 0, f"alpha must be at least 0, got {self.alpha}")
+        params.require(not (self.alpha and self.gamma), "set gamma or alpha, not both")
+        params.require(self.zeta >= 1, f"zeta must be at least 1, got {self.zeta}")
+        params.require(0 < self.pi_init < 1, f"pi_init must lie between 0 and 1, got {self.pi_init}")
+        params.require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
 
     @property
     def clip_gamma(self) -> float:
@@ -68,12 +71,8 @@ class TransformerConfig:
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    _require(value in known, f"unknown {name} {value!r}{params.suggest(value, known)}; known: {', '.join(known)}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+    near = params.suggest(value, known)
+    params.require(value in known, f"unknown {name} {value!r}{near}; known: {', '.join(known)}")
 
 
 class Attention(nn.Module):
@@ -110,11 +109,14 @@ class Attention(nn.Module):
         watched = self.scores._forward_hooks or self.probs._forward_hooks
         if not watched and not self.config.clipped:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        scores = self.scores(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2))  # (B, H, T, T)
+        with torch.autocast(q.device.type, enabled=False):  # scores in float32, as in the fused path
+            exact = torch.promote_types(q.dtype, torch.float32)
+            scores = q.to(exact) * q.shape[-1] ** -0.5 @ k.to(exact).transpose(-1, -2)  # (B, H, T, T)
+        scores = self.scores(scores)
         length = scores.shape[-1]
         future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
-        return self.probs(clipped_softmax(scores, self.config.clip_gamma, self.config.zeta)) @ v
+        return self.probs(clipped_softmax(scores, self.config.clip_gamma, self.config.zeta)).to(v.dtype) @ v
 
 
 class Block(nn.Module):
@@ -183,7 +185,6 @@ class Transformer(nn.Module):
         self.norm_final = _norm(config) if last else nn.Identity()
         self.project_out = nn.Linear(config.width, embed_width, bias=False) if narrow else nn.Identity()
         self.embed_tokens, self.embed_positions, self.embed_sum, self.logits = (nn.Identity() for _ in range(4))
-        self.dropout = nn.Dropout(config.dropout)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -202,7 +203,7 @@ class Transformer(nn.Module):
             raise UserError(f"a row of {length} tokens does not fit the context of {self.config.context}")
         tokens = self.embed_tokens(self.token_embedding(ids) * self.config.embed_scale)
         positions = self.embed_positions(self.position_embedding.weight[:length])
-        x = self.dropout(self.embed_sum(self.project_in(tokens) + positions))  # (B, T, D)
+        x = self.embed_sum(self.project_in(tokens) + positions)  # (B, T, D)
         for block in self.blocks:
             x = block(x)
         x = self.project_out(self.norm_final(x))

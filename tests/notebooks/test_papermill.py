@@ -23,7 +23,7 @@ def test_a_run_succeeds_and_changes_no_tracked_file(tmp_path):
     before = tracked_changes()
     done = papermill(tmp_path, "-p", "scale", "tiny", "-p", "steps", "1e1")
     assert done.returncode == 0, done.stderr
-    assert "verdict" in (tmp_path / "out.ipynb").read_text()
+    assert "not testable at this scale: 1 of 3 seeds" in (tmp_path / "out.ipynb").read_text()
     assert tracked_changes() == before
 
 

@@ -67,7 +67,12 @@ def test_soap_refuses_bad_settings():
 def test_the_vocabulary_is_not_rotated():
     model = Transformer(SMALL)
     optimizer = optim.make("soap", model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
-    assert optimizer.max_precondition_dim == SMALL.vocab - 1
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    sides = {n: {k for k in optimizer.state[p] if "basis" in k} for n, p in model.named_parameters() if p.ndim == 2}
+    assert sides.pop("token_embedding.weight") == {"basis_right"}
+    assert set(map(len, sides.values())) == {2}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -76,6 +81,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(method):
     decayed, plain = (group["params"] for group in optim.groups(model, 0.1))
     assert len(decayed) + len(plain) == len({id(p) for p in (*decayed, *plain)}) == len(list(model.parameters()))
     assert all(parameter.ndim >= 2 for parameter in decayed)
+    assert not any(d is p for d in decayed for name, p in model.named_parameters() if "bias" in name)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert all("bias" in n or "norm" in n or "gain" in n for n in (names[id(p)] for p in plain))
 

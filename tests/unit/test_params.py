@@ -89,7 +89,7 @@ def test_a_command_line_error_is_one_line_and_exit_code_one():
     )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "error: unknown recipe '03_qaunt' (did you mean '03_quant'?); known: 03_quant"
+        "error: unknown recipe '03_qaunt' (did you mean '03_quant'?); known: 03_quant, 03_quant_search"
     ]
 
 

@@ -44,9 +44,9 @@ def test_verdicts_follow_the_interval(ours, verdict):
 
 
 def test_the_interval_is_students_and_the_text_names_everything():
-    found = reference.compare("the norm falls", [1.0, 2.0, 3.0], 0.0, "8.7 (Table 6)")
+    found = reference.compare("the norm falls by", [1.0, 2.0, 3.0], 0.0, "8.7 (Table 6)")
     assert found.low == pytest.approx(2 - 2.920 / 3**0.5, rel=1e-3)
-    for part in ("the norm falls", "n = 3 seeds", "8.7 (Table 6)", "above 0", "verdict  holds"):
+    for part in ("the norm falls by 2 [", "n = 3", "8.7 (Table 6)", "above 0", "holds ("):
         assert part in found.text
     assert "no outliers" in reference.compare("c", [1, 1, 1.1], 0, "none", untestable="no outliers").verdict
 
@@ -63,3 +63,12 @@ def test_a_figure_is_saved_as_picture_points_and_provenance(out):
     described = json.loads(path.with_suffix(".json").read_text())
     assert described["scale"] == "tiny" and described["corpus"] == "abc" and described["numerics"] >= 1
     plt.close(fig)
+
+
+def test_a_seed_without_a_number_is_not_hidden():
+    assert "not every seed gave a number" in reference.compare("c", [1.0, float("nan"), 2.0], 0, "none").verdict
+
+
+def test_a_bound_is_not_a_number():
+    with pytest.raises(UserError, match="no verified"):
+        reference.value("he2024", "table 2 OPT-125m", "OP", "neuron_kurtosis")

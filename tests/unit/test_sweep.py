@@ -96,7 +96,7 @@ def test_records_exported_are_found_without_the_runs(out, config, monkeypatch, t
 
 def test_recipes_name_their_scales_and_take_overrides():
     recipe = sweep.read_recipe("03_quant", "tiny", steps=8, seeds=2)
-    assert {job.config.seed for job in recipe.jobs} == {0, 1}
+    assert {job.config.seed for job in recipe.jobs} == {1, 2}
     assert {job.config.steps for job in recipe.jobs} == {8}
     with pytest.raises(UserError, match="unknown recipe '03_qaunt' .did you mean '03_quant'"):
         sweep.read_recipe("03_qaunt", "tiny")
@@ -106,7 +106,7 @@ def test_recipes_name_their_scales_and_take_overrides():
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "gpu", "paper"])
 def test_every_recipe_compares_methods_on_equal_terms(scale):
-    recipe = sweep.read_recipe("03_quant", scale)
+    recipe = sweep.read_recipe("03_quant", scale, corpus="stdlib" if scale == "paper" else "")
     first = recipe.jobs[0].config
     assert len({job.config.name for job in recipe.jobs}) == len(recipe.jobs)
     for job in recipe.jobs:
@@ -124,3 +124,30 @@ def test_a_scale_this_machine_cannot_carry_loads_records_or_says_so(out, monkeyp
     monkeypatch.setattr(sweep, "recall", lambda job: None)
     with pytest.raises(UserError, match="needs a GPU: .* have no record here"):
         sweep.read_recipe("03_quant", "gpu").run()
+
+
+def test_another_corpus_than_the_runs_is_refused_before_anything_is_measured(out, config, corpus):
+    run = train.train(config, report=lambda *_: None)
+    (corpus / "more.txt").write_text("one more document that changes the corpus")
+    train.data.load_corpus.cache_clear()
+    outcome = sweep.run([Job("vanilla", config, SETTINGS, EVALUATION)], workers=0)[0]
+    assert f"{run.config.name} was trained on another corpus" in outcome.error
+    assert not list((out / "runs" / "records").glob("measure-*"))
+
+
+def test_a_record_without_its_weights_is_trained_again_where_they_are_needed(out, config):
+    first = sweep.run(jobs(config, seeds=1), workers=0)[0]
+    for path in (out / "runs" / "records").glob("quant-*"):
+        path.unlink()
+    (out / "runs" / config.name / "model.safetensors").unlink()
+    assert sweep.run(jobs(config, seeds=1), workers=0)[0].quantized == first.quantized
+
+
+def test_two_settings_of_one_name_are_refused(config):
+    with pytest.raises(UserError, match="two quantization settings"):
+        Job("vanilla", config, (QuantSettings(), QuantSettings(weights="minmax")))
+
+
+def test_paper_scale_needs_a_text():
+    with pytest.raises(UserError, match="needs a text to train on: name it with corpus"):
+        sweep.read_recipe("03_quant", "paper")

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from conftest import METHODS, SMALL
@@ -162,10 +163,10 @@ def test_a_run_without_its_weights_says_so(out, config):
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(out, config, monkeypatch):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(train, "save_file", full)
-    with pytest.raises(UserError, match="cannot write .*: No space left on device"):
+    with pytest.raises(UserError, match="cannot write .*No space left on device"):
         quiet(config)
     assert not any(path.suffix == ".tmp" for path in out.rglob("*"))
     assert train.find(config) is None
@@ -183,6 +184,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(out, config, mo
         (["--steps"], "parameter steps: expected int, got True"),
         (["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
         (["--steps", "0"], "steps must be at least 1"),
+        (["--config"], "--config needs the path of a YAML file"),
+        (["--model", "5", "--model.layers", "4"], "--model is a group of parameters"),
+        (["--seed", "-1"], "seed must be at least 0"),
+        (["--betas", "1.5,0.9"], "betas must be two numbers"),
+        (["--betas", "0.9"], "betas must be two numbers"),
+        (["--characters", "-5"], "characters must be at least 0"),
+        (["--model.mlp_width", "-5"], "mlp_width must be at least 0"),
+        (["--model.context", "1"], "leaves nothing to predict"),
+        (["--sites", ""], "sites must name at least one"),
     ],
 )
 def test_bad_flags_are_one_clear_line(arguments, message):
@@ -208,3 +218,14 @@ def test_flags_and_yaml_give_the_same_configuration(tmp_path):
     assert params.read(TrainConfig, ["--config", str(path)]) == params.read(TrainConfig, flags)
     assert params.read(TrainConfig, ["--config", str(path), "--model.layers", "5"]).model.layers == 5
     assert params.read(TrainConfig, ["--config", str(path), "--model.layers=5"]).model.gate == "linear"
+
+
+def test_sites_are_checked_before_the_training(out, config):
+    with pytest.raises(UserError, match="unknown site 'resid_pots'"):
+        quiet(dataclasses.replace(config, sites=("resid_pots",)))
+
+
+def test_lists_of_names_come_with_or_without_brackets():
+    for text in ("resid_pre,norm1", "resid_pre, norm1", "['resid_pre', 'norm1']"):
+        assert params.read(TrainConfig, ["--sites", text]).sites == ("resid_pre", "norm1")
+    assert params.read(TrainConfig, ["--sites", "blocks.[01].norm1"]).sites == ("blocks.[01].norm1",)
