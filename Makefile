@@ -2,19 +2,23 @@
 # make run NB=03_quant SCALE=gpu    another notebook, another scale; ARGS="-p seeds 5" for more
 # make test                         set up if needed, then unit tests, hygiene tests, every notebook at tiny
 # make lab                          JupyterLab
+# make refresh NB=03_quant          execute in place, as committed: outputs, figures/ (for maintainers)
+# Everything that `run` and `lab` write lies in out/ (delete it to start over); no tracked file changes.
 PYTHON ?= python3.11
 NB ?= 03_quant
 SCALE ?= auto
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: setup run test lab
+.PHONY: setup run test lab refresh
 setup: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -e ".[dev]" -c constraints.txt
 	touch $@
+
+run lab: export OFUTILS_OUT := $(CURDIR)/out
 
 run: setup
 	mkdir -p out
@@ -25,3 +29,7 @@ test: setup
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
+
+refresh: setup
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+		notebooks/$(NB).ipynb

@@ -6,7 +6,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ofutils import params
 from ofutils.records import write_atomically
@@ -39,6 +41,16 @@ def theme() -> None:
             "legend.frameon": False,
         }
     )
+
+
+def log_scale(ax: Axes, which: str) -> None:
+    """A logarithmic `x` or `y` axis with plain numbers at 1, 2 and 5 of each decade (1 alone over many)."""
+    axis = {"x": ax.xaxis, "y": ax.yaxis}[which]
+    ax.set(**{f"{which}scale": "log"})
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(fig: Figure, session: params.Session, name: str, points: pd.DataFrame, **provenance) -> Path:
