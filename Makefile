@@ -18,7 +18,7 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet -e ".[dev]" -c constraints.txt
 	touch $@
 
-run lab: export OFUTILS_OUT := $(CURDIR)/out
+run lab: export OFUTILS_OUT ?= $(CURDIR)/out
 
 run: setup
 	mkdir -p out
