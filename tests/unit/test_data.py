@@ -76,7 +76,7 @@ def test_bad_corpora_are_one_clear_line(tmp_path, out):
     with pytest.raises(UserError, match="holds 1 documents"):
         data.load_corpus(str(tmp_path / "one.txt"))
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="neither UTF-8 text nor parquet"):
+    with pytest.raises(UserError, match="neither readable UTF-8 text nor parquet"):
         data.load_corpus(str(tmp_path / "binary.txt"))
     (tmp_path / "short.txt").write_text("a few words\n\nand a few more")
     short = data.tokenize(data.load_corpus(str(tmp_path / "short.txt")), 300)
