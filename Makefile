@@ -22,7 +22,8 @@ run lab: export OFUTILS_OUT ?= $(CURDIR)/out
 
 run: setup
 	mkdir -p out
-	$(BIN)/papermill notebooks/$(NB).ipynb out/$(NB).ipynb -p scale $(SCALE) $(ARGS)
+	$(BIN)/papermill notebooks/$(NB).ipynb out/$(NB).ipynb -p scale $(SCALE) $(ARGS) \
+		--log-output --no-progress-bar
 
 test: setup
 	$(BIN)/pytest --nbval-lax -n 2 --dist loadfile

@@ -101,8 +101,8 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     if run.diverged:
         return Outcome(job, run, error=f"diverged at step {run.diverged}")
     tokens, context = train.load_tokens(job.config), job.config.model.context
-    trained_on = run.record["environment"]["corpus"]
-    params.require(trained_on == tokens.corpus, f"{run.config.name} was trained on another corpus than is here")
+    same = run.record["environment"]["corpus"] == tokens.corpus
+    params.require(same, f"{run.config.name} was trained on another corpus than is here")
     model = (run if run.has_weights else train.train(job.config, report=report, again=True)).load()
     evaluation = data.fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, context)
     store, environment = train.store(), params.environment() | {"corpus": tokens.corpus}
@@ -136,7 +136,7 @@ def run(jobs: list[Job], workers: int | None = None) -> list[Outcome]:
     if workers is None:
         workers = 0 if params.device().type == "cuda" else os.cpu_count() or 1
     total = sum(jobs[index].config.steps for index in todo)
-    with tqdm(total=total, unit="step", mininterval=2, leave=False, disable=not todo) as bar:
+    with tqdm(total=total, unit="step", mininterval=5, leave=False, disable=not todo) as bar:
         if workers == 0:
             _run_here(jobs, todo, outcomes, bar)
         else:
@@ -237,20 +237,24 @@ class Recipe:
     grid: tuple[Job, ...]  # one seed of every method at every learning rate of its grid
     workers: int | None
 
-    def run(self, grid: bool = False, workers: int | None = None) -> list[Outcome]:
-        """Perform or recall the jobs, or those of the grid; a machine that cannot carry the scale only recalls.
+    def runnable(self, grid: bool = False) -> list[Job]:
+        """The jobs, or those of the grid, if this machine can carry the scale or has every record.
 
         Raises:
             UserError: at scale gpu or paper without a GPU, when a record is missing.
         """
-        jobs = self.grid if grid else self.jobs
+        jobs = list(self.grid if grid else self.jobs)
         here = self.scale in ("tiny", "small") or params.device().type != "cpu"
         if not here and (missing := [job for job in jobs if recall(job) is None]):
             raise UserError(
                 f"{self.name} at scale {self.scale} needs a GPU: {len(missing)} of {len(jobs)} runs have "
                 f"no record here, e.g. {missing[0].label}; scales that work without: tiny, small"
             )
-        return run(list(jobs), self.workers if workers is None else workers)
+        return jobs
+
+    def run(self, grid: bool = False, workers: int | None = None) -> list[Outcome]:
+        """Perform or recall the jobs, or those of the grid."""
+        return run(self.runnable(grid), self.workers if workers is None else workers)
 
 
 def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: str = "") -> Recipe:
@@ -322,16 +326,13 @@ def main(arguments: list[str]) -> None:
     if command.export:
         name = f"{recipe.name}.{scale}{'.grid' if command.grid else ''}"
         print(f"records written to {export(outcomes, name)}")
-    if any(outcome.error for outcome in outcomes):
-        sys.exit(1)
+    sys.exit(int(any(outcome.error for outcome in outcomes)))
 
 
 def export(outcomes: list[Outcome], name: str):
     """Write the records behind outcomes as JSON lines under figures/records; returns the path."""
     store, records = train.store(), []
-    for outcome in outcomes:
-        if outcome.run is None:
-            continue
+    for outcome in (outcome for outcome in outcomes if outcome.run):
         measured_key, quantized_keys = _keys(outcome.job)
         found = [outcome.run.record, store.find("measure", measured_key)]
         found += [store.find("quant", key) for key in quantized_keys]

@@ -169,6 +169,7 @@ class Transformer(nn.Module):
     `context` (before the gate), `gated`, `attn_out` (before the gain), `resid_mid`, `norm2`, `mlp_in`,
     `mlp_act` (after the ReLU), `mlp_out`, `resid_post` (the sums; in post-LN they stand before the
     norms); then `norm_final`, `logits`; `project_in` and `project_out` where the embedding is narrower.
+    There is no `embed_norm`.
     While neither `scores` nor `probs` is watched, plain attention takes the fused path.
     """
 

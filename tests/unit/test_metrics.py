@@ -1,7 +1,5 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ofutils import metrics
 from ofutils.metrics import Statistics
@@ -21,21 +19,6 @@ def test_neuron_kurtosis_of_one_hot_is_the_width_and_of_equal_neurons_one():
 def test_neuron_kurtosis_of_gaussian_noise_is_one_plus_two_over_n():
     found = torch.stack([metrics.neuron_kurtosis(activations(seed, (20, 4096))) for seed in range(20)]).mean()
     assert found == pytest.approx(1 + 2 / 20, rel=5e-3)
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), scale=st.floats(1e-3, 1e3), outlier=st.floats(1, 1e4))
-def test_kurtosis_and_ratio_ranges_and_invariances(seed, scale, outlier):
-    x = activations(seed)
-    x[..., 3] *= outlier
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
-    for metric in (metrics.neuron_kurtosis, metrics.max_median_ratio):
-        value = metric(x)
-        assert value.shape == () and value.dtype == torch.float64
-        assert value >= 1
-        torch.testing.assert_close(metric(scale * x), value, rtol=1e-9, atol=0)
-        torch.testing.assert_close(metric(x[..., order]), value, rtol=1e-9, atol=0)
-    assert metrics.neuron_kurtosis(x) <= 16 + 1e-9
 
 
 def test_neuron_kurtosis_is_not_centred():
