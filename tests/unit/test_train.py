@@ -58,14 +58,14 @@ def test_a_broken_run_resumes_to_the_bit(out, config, monkeypatch, method, optim
 def test_sigkill_and_the_same_command_again_continue_to_the_bit(out, corpus, config):
     config = dataclasses.replace(config, steps=2000, measure_every=1000)
     (out / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
-    command = [sys.executable, "-m", "ofutils.train", "--config", str(out / "run.yaml"), "--steps", "400"]
+    command = [sys.executable, "-m", "ofutils.train", "--config", str(out / "run.yaml"), "--steps", "900"]
 
     def run(folder, **more):
         return subprocess.Popen(command, env=os.environ | {"OFUTILS_OUT": str(folder)}, **more)
 
     assert run(out / "straight").wait() == 0
     killed = run(out / "killed")
-    name = dataclasses.replace(config, steps=400).name
+    name = dataclasses.replace(config, steps=900).name
     checkpoint = out / "killed" / "runs" / name / "checkpoint.safetensors"
     while not checkpoint.exists():
         assert killed.poll() is None, "it ended before it was killed"
