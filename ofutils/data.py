@@ -183,7 +183,11 @@ def tokenize(corpus: Corpus, vocab: int) -> Tokens:
         for split, path in paths.items():
             ids = _encode(tokenizer, corpus.splits[split], vocab)
             write_atomically(path, lambda temporary, ids=ids: _save(temporary, ids))
-    loaded = {split: np.load(path, mmap_mode="r") for split, path in paths.items()}
+    try:
+        loaded = {split: np.load(path, mmap_mode="r") for split, path in paths.items()}
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokens in {folder} are not readable; delete that folder") from error
+    params.require(max(int(ids.max()) for ids in loaded.values()) < vocab, f"{folder} holds other tokens; delete it")
     return Tokens(corpus.sha256, vocab, **loaded, tokenizer_path=tokenizer_path)
 
 

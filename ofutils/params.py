@@ -5,6 +5,7 @@ Everything that a notebook or a command line needs before it starts, with nothin
 
 import ast
 import difflib
+import math
 import os
 import platform
 import sys
@@ -94,7 +95,7 @@ def coerce(name: str, value, kind):
         result = int(result)
     if kind is float and type(result) is int:
         result = float(result)
-    if type(result) is not kind:
+    if type(result) is not kind or (kind is float and not math.isfinite(result)):
         raise UserError(f"parameter {name}: expected {kind.__name__}, got {value!r}")
     return result
 

@@ -13,14 +13,14 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from ofutils import params
 from ofutils.records import write_atomically
 
-# Okabe and Ito's palette: told apart also without full colour vision. SOAP is the same hue, dashed.
+# From Okabe and Ito's palette, told apart also without full colour vision. SOAP: the block's hue, lighter and dashed.
 COLORS = {
     "vanilla": "#000000",
     "clipped softmax": "#E69F00",
     "gated attention": "#0072B2",
     "OP": "#009E73",
     "vanilla + SOAP": "#7F7F7F",
-    "OP + SOAP": "#56B4E9",
+    "OP + SOAP": "#66C2A5",
 }
 DASHES = {name: (3, 1.5) if "SOAP" in name else (None, None) for name in COLORS}
 

@@ -101,7 +101,7 @@ class Store:
 
 @lru_cache(maxsize=32)
 def _read_lines(path: Path, _changed: int) -> dict[str, dict]:
-    records = [_parse(line, path) for line in path.read_bytes().splitlines()]
+    records = [_parse(line, path) for line in path.read_bytes().splitlines() if line.strip()]
     return {record["name"]: record for record in records}
 
 
@@ -110,12 +110,16 @@ def _parse(text: bytes, path: Path, name: str | None = None) -> dict:
         record = json.loads(text)
         kind = record["name"].rpartition("-")[0]
         true_name = digest(kind, record["key"], record["numerics"])
-        whole = {"environment", "result"} <= record.keys()
+        whole = {"environment", "result"} <= record.keys() and bool(record["result"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"record {path} is not readable; delete it to repeat its run") from error
+        raise UserError(f"record {path} is not readable; {_advice(name)}") from error
     if not whole or true_name != record["name"] or name not in (None, true_name):
-        raise UserError(f"record {path} does not hold what its name says; delete it to repeat its run")
+        raise UserError(f"record {path} does not hold what its name says; {_advice(name)}")
     return record
+
+
+def _advice(name: str | None) -> str:
+    return "delete it to repeat its run" if name else "restore it from version control"
 
 
 def same_corpus(record: dict, sha256: str | None) -> bool:

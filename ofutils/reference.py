@@ -7,7 +7,7 @@ an unverified number is never handed out as the paper's.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from math import isfinite
+from math import exp, isfinite, log
 from statistics import mean, stdev
 
 import pandas as pd
@@ -69,17 +69,19 @@ class Verdict:
     @property
     def text(self) -> str:
         """Two lines: the claim with our number and its interval; verdict, rule, seeds and the paper's number."""
-        interval = f" [{self.low:.3g}, {self.high:.3g}]" if self.seeds > 1 else ""
+        interval = f" [90%: {self.low:.3g} to {self.high:.3g}]" if self.seeds > 1 else ""
         rule = f"rule: above {self.margin:g}, n = {self.seeds}; paper: {self.paper}"
         return f"{self.claim} {self.mean:.3g}{interval}\n    {self.verdict} ({rule})\n"
 
 
-def compare(claim: str, ours: Sequence[float], margin: float, paper: str, untestable: str = "") -> Verdict:
+def compare(
+    claim: str, ours: Sequence[float], margin: float, paper: str, untestable: str = "", ratio: bool = False
+) -> Verdict:
     """Judge a claim of the form "this quantity lies above a margin", one value per seed.
 
     It holds when the 95% lower bound of the mean over seeds (Student's t) lies above the margin, and does
-    not hold when the upper bound lies below it. In between, or with fewer than three seeds, or for the
-    reason given, it is not testable at this scale.
+    not hold when the 95% upper bound lies below it; together they are a 90% interval. In between, with
+    fewer than three seeds, or for the reason given, it is not testable at this scale.
 
     Args:
         claim: a sentence that names quantity and site.
@@ -87,12 +89,13 @@ def compare(claim: str, ours: Sequence[float], margin: float, paper: str, untest
         margin: fixed before the run.
         paper: the paper's own value, with its source; or that it gives none.
         untestable: why the claim cannot be judged here, if so.
+        ratio: the values are positive ratios: mean and interval are taken of their logarithms.
     """
-    values = [float(x) for x in ours]
+    values = [log(x) if ratio and x > 0 else float(x) for x in ours]
     n, centre = len(values), mean(values) if values else float("nan")
     whole = all(map(isfinite, values))
     reach = _T95[min(n - 1, 10)] * stdev(values) / n**0.5 if n > 1 and whole else float("inf")
-    low, high = centre - reach, centre + reach
+    low, centre, high = (exp(x) if ratio else x for x in (centre - reach, centre, centre + reach))
     if untestable:
         verdict = f"not testable at this scale: {untestable}"
     elif not whole:

@@ -68,9 +68,10 @@ class Outcome:
     error: str | None = None
 
 
-def _keys(job: Job) -> tuple[dict, list[dict]]:
+def _entries(job: Job) -> list[tuple[str, dict]]:
+    """Kind and key of the records of a job: the measurement in full precision, then one per settings."""
     key = {"run": differing(job.config), "evaluation": differing(job.evaluation)}
-    return key, [key | {"settings": differing(one)} for one in job.settings]
+    return [("measure", key), *(("quant", key | {"settings": differing(one)}) for one in job.settings)]
 
 
 def recall(job: Job) -> Outcome | None:
@@ -80,10 +81,7 @@ def recall(job: Job) -> Outcome | None:
         return None
     if run.diverged:
         return Outcome(job, run, error=f"diverged at step {run.diverged}")
-    store = train.store()
-    measured_key, quantized_keys = _keys(job)
-    measured = store.find("measure", measured_key)
-    rounded = [store.find("quant", key) for key in quantized_keys]
+    measured, *rounded = (train.store().find(kind, key) for kind, key in _entries(job))
     if measured is None or None in rounded:
         return None
     losses = {one.label: record["result"]["loss"] for one, record in zip(job.settings, rounded, strict=True)}
@@ -106,16 +104,16 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     model = (run if run.has_weights else train.train(job.config, report=report, again=True)).load()
     evaluation = data.fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, context)
     store, environment = train.store(), params.environment() | {"corpus": tokens.corpus}
-    measured_key, quantized_keys = _keys(job)
+    first, *others = _entries(job)
     measured = measure(model, evaluation, job.evaluation.sites, clm_loss).summary()
-    store.write("measure", measured_key, measured, environment)
+    store.write(*first, measured, environment)
     losses = {}
-    for settings, key in zip(job.settings, quantized_keys, strict=True):
+    for settings, entry in zip(job.settings, others, strict=True):
         drawn = data.Batches(tokens.train, job.evaluation.batch, context, seed=10_000 + job.config.seed)
         ranges = calibrate(model, [drawn.draw() for _ in range(settings.batches)], settings)
         with quantized(model, settings, ranges):
             losses[settings.label] = measure(model, evaluation, loss=clm_loss).loss
-        store.write("quant", key, {"loss": losses[settings.label]}, environment)
+        store.write(*entry, {"loss": losses[settings.label]}, environment)
     return Outcome(job, run, measured, losses)
 
 
@@ -140,14 +138,15 @@ def run(jobs: list[Job], workers: int | None = None) -> list[Outcome]:
         if workers == 0:
             _run_here(jobs, todo, outcomes, bar)
         else:
-            configs = [jobs[index].config for index in todo]
+            configs = (jobs[index].config for index in todo)
             for config in {(c.corpus, c.characters, c.model.vocab): c for c in configs}.values():
                 with suppress(UserError):  # its own run reports it
                     train.load_tokens(config)  # cached on disk, before the processes ask for it
             _run_in_processes(jobs, todo, outcomes, bar, min(workers, len(todo)))
     for index in todo:
         if outcomes[index].error:
-            print(f"failed: {jobs[index].label}: {outcomes[index].error.strip().splitlines()[-1]}")
+            reason = outcomes[index].error.strip().splitlines()[-1].removeprefix("ofutils.")
+            print(f"failed: {jobs[index].label}: {reason}")
     return [outcomes[index] for index in range(len(jobs))]
 
 
@@ -244,6 +243,7 @@ class Recipe:
             UserError: at scale gpu or paper without a GPU, when a record is missing.
         """
         jobs = list(self.grid if grid else self.jobs)
+        params.require(len(jobs) > 0, f"{self.name} has no {'grid' if grid else 'runs'} at scale {self.scale}")
         here = self.scale in ("tiny", "small") or params.device().type != "cpu"
         if not here and (missing := [job for job in jobs if recall(job) is None]):
             raise UserError(
@@ -314,6 +314,7 @@ def main(arguments: list[str]) -> None:
     """The command line: a recipe by name; a line per run; exit code 1 when one failed."""
     if not arguments or {"-h", "--help"} & set(arguments):
         return print(__doc__)
+    params.require(not arguments[0].startswith("-"), "name a recipe first, e.g. python -m ofutils.sweep 03_quant")
     command = params.read(Command, arguments[1:])
     scale, why = params.resolve_scale(command.scale)
     recipe = read_recipe(arguments[0], scale, command.steps, command.seeds, command.corpus)
@@ -321,11 +322,10 @@ def main(arguments: list[str]) -> None:
     outcomes = recipe.run(command.grid, None if command.workers < 0 else command.workers)
     for outcome in outcomes:
         if not outcome.error:
-            costs = ", ".join(f"{k} {v - outcome.measured['loss']:+.4f}" for k, v in outcome.quantized.items())
-            print(f"{outcome.job.label}: loss {outcome.measured['loss']:.4f}; {costs}")
+            costs = "".join(f", {k} {v - outcome.measured['loss']:+.4f}" for k, v in outcome.quantized.items())
+            print(f"{outcome.job.label}: loss {outcome.measured['loss']:.4f}{costs}")
     if command.export:
-        name = f"{recipe.name}.{scale}{'.grid' if command.grid else ''}"
-        print(f"records written to {export(outcomes, name)}")
+        print(f"records written to {export(outcomes, '.'.join([recipe.name, scale] + ['grid'] * command.grid))}")
     sys.exit(int(any(outcome.error for outcome in outcomes)))
 
 
@@ -333,9 +333,7 @@ def export(outcomes: list[Outcome], name: str):
     """Write the records behind outcomes as JSON lines under figures/records; returns the path."""
     store, records = train.store(), []
     for outcome in (outcome for outcome in outcomes if outcome.run):
-        measured_key, quantized_keys = _keys(outcome.job)
-        found = [outcome.run.record, store.find("measure", measured_key)]
-        found += [store.find("quant", key) for key in quantized_keys]
+        found = [outcome.run.record, *(store.find(kind, key) for kind, key in _entries(outcome.job))]
         records += [record for record in found if record]
     return store.export(records, name)
 

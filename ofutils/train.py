@@ -118,7 +118,7 @@ class Run:
         model, path = Transformer(self.config.model), _folder(self.config) / "model.safetensors"
         try:
             model.load_state_dict(load_file(path))
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError) as error:
             raise UserError(f"weights {path} are not readable; delete them to train the run again") from error
         return model.to(params.device()).eval()
 
@@ -272,8 +272,14 @@ def _restore(path: Path, model: Transformer, optimizer, corpus: str) -> _State:
         with safe_open(path, "pt") as file:
             rest = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        return _resumed(tensors, rest, path, model, optimizer, corpus)
+    except UserError:
+        raise
+    except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path} is not readable; delete it to start the run again") from error
+
+
+def _resumed(tensors, rest, path: Path, model: Transformer, optimizer, corpus: str) -> _State:
     if rest.pop("corpus") != corpus:
         raise UserError(f"checkpoint {path} was made on another corpus; delete it to start the run again")
     model.load_state_dict(_under(tensors, "model."))

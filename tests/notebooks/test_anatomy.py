@@ -81,8 +81,11 @@ def test_outputs_are_committed_from_a_clean_kernel_and_hold_no_traces(path):
 
 @notebooks
 def test_figures_are_committed_with_points_and_provenance(path):
-    names = re.findall(r'plots\.save\(\w+, session, "(\w+)"', "".join(cell["source"] for cell in code(read(path))))
-    assert names
-    for name in names:
-        for suffix in ("png", "csv", "json"):
-            assert (ROOT / "figures" / path.stem / f"{name}.{suffix}").is_file(), name
+    source = "".join(cell["source"] for cell in code(read(path)))
+    figures = re.findall(r'plots\.save\(\w+, session, "(\w+)"', source)
+    tables = re.findall(r'plots\.save_table\(session, "(\w+)"', source)
+    assert figures
+    expected = {f"{name}.png" for name in figures} | {
+        f"{n}.{s}" for n in (*figures, *tables) for s in ("csv", "json")
+    }
+    assert {file.name for file in (ROOT / "figures" / path.stem).iterdir()} == expected

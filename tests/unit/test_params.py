@@ -37,6 +37,7 @@ def test_variables_of_later_cells_do_not_matter_when_the_cell_runs_again(capsys)
         ({"steps": "abc"}, "parameter steps: expected int, got 'abc'"),
         ({"steps": 1.5}, "parameter steps: expected int, got 1.5"),
         ({"steps": True}, "parameter steps: expected int, got True"),
+        ({"tolerance": float("nan")}, "parameter tolerance: expected float, got nan"),
         ({"steps": None}, "parameter steps: expected int, got None"),
         ({"seeds": -1}, "parameter seeds: expected 0 or more, got -1"),
         (
@@ -88,9 +89,8 @@ def test_a_command_line_error_is_one_line_and_exit_code_one():
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        "error: unknown recipe '03_qaunt' (did you mean '03_quant'?); known: 03_quant, 03_quant_search"
-    ]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: unknown recipe '03_qaunt' (did you mean '03_quant'?); known: 03_quant, ")
 
 
 # ------------------------------------------------------------------------------------ set-up files

@@ -46,7 +46,7 @@ def test_verdicts_follow_the_interval(ours, verdict):
 def test_the_interval_is_students_and_the_text_names_everything():
     found = reference.compare("the norm falls by", [1.0, 2.0, 3.0], 0.0, "8.7 (Table 6)")
     assert found.low == pytest.approx(2 - 2.920 / 3**0.5, rel=1e-3)
-    for part in ("the norm falls by 2 [", "n = 3", "8.7 (Table 6)", "above 0", "holds ("):
+    for part in ("the norm falls by 2 [90%: ", "n = 3", "8.7 (Table 6)", "above 0", "holds ("):
         assert part in found.text
     assert "no outliers" in reference.compare("c", [1, 1, 1.1], 0, "none", untestable="no outliers").verdict
 
@@ -72,3 +72,8 @@ def test_a_seed_without_a_number_is_not_hidden():
 def test_a_bound_is_not_a_number():
     with pytest.raises(UserError, match="no verified"):
         reference.value("he2024", "table 2 OPT-125m", "OP", "neuron_kurtosis")
+
+
+def test_ratios_are_averaged_by_their_logarithms():
+    found = reference.compare("divides by", [1.0, 2.0, 4.0], 0.5, "none", ratio=True)
+    assert found.mean == pytest.approx(2.0) and found.low * found.high == pytest.approx(4.0)

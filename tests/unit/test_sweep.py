@@ -68,7 +68,8 @@ def test_a_process_that_dies_costs_its_own_run_only(out, config, monkeypatch):
     def first_child():
         import multiprocessing
 
-        return min(child.pid for child in multiprocessing.active_children())
+        first = min(multiprocessing.active_children(), key=lambda child: int(child.name.rpartition("-")[2]))
+        return first.pid
 
     monkeypatch.setattr(sweep, "tqdm", Bar)
     outcomes = sweep.run(planned, workers=2)
@@ -151,3 +152,21 @@ def test_two_settings_of_one_name_are_refused(config):
 def test_paper_scale_needs_a_text():
     with pytest.raises(UserError, match="needs a text to train on: name it with corpus"):
         sweep.read_recipe("03_quant", "paper")
+
+
+def test_the_rates_used_are_those_that_the_rule_chooses_from_the_committed_grid(out):
+    recipe = sweep.read_recipe("03_quant", "small")
+    losses = {}
+    for outcome in map(sweep.recall, recipe.grid):
+        losses.setdefault(outcome.job.method, {})[outcome.job.config.lr] = outcome.measured["loss"]
+    assert {len(rates) for rates in losses.values()} == {4}
+    used = {job.method: job.config.lr for job in recipe.jobs}
+    for method, rates in losses.items():
+        assert used[method] == max(rate for rate, loss in rates.items() if loss <= min(rates.values()) + 0.1)
+
+
+def test_sweep_says_what_is_missing():
+    with pytest.raises(UserError, match="name a recipe first"):
+        sweep.main(["--scale", "tiny"])
+    with pytest.raises(UserError, match="has no grid at scale tiny"):
+        sweep.main(["03_quant", "--scale", "tiny", "--grid"])

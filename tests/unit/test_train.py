@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import METHODS, SMALL
 from ofutils import UserError, params, train
@@ -142,6 +142,9 @@ def test_damaged_files_are_named(out, config):
     folder = out / "runs" / config.name
     folder.mkdir(parents=True)
     (folder / "checkpoint.safetensors").write_bytes(b"half a checkpoint")
+    with pytest.raises(UserError, match="checkpoint .* is not readable; delete it"):
+        quiet(config)
+    save_file({"a": torch.zeros(1)}, folder / "checkpoint.safetensors")
     with pytest.raises(UserError, match="checkpoint .* is not readable; delete it"):
         quiet(config)
     record = out / "runs" / "records" / f"{config.name}.json"
