@@ -179,11 +179,10 @@ def _merged(base: dict, over: dict) -> dict:
 
 @dataclass(frozen=True)
 class Session:
-    """What a notebook knows about its own run: its name, the scale, and why that scale."""
+    """What a notebook knows about its own run: its name and the scale."""
 
     notebook: str
     scale: str
-    why: str
 
     def provenance(self, **more) -> dict:
         """What the numbers of this run depend on, for the last cell and beside every figure."""
@@ -221,7 +220,7 @@ def start(namespace: dict, notebook: str, paper: str) -> Session:
         torch.set_num_threads(1)  # more threads only wait for each other at this size
     others = " | ".join(name for name in SCALES if name != scale)
     print(f"scale {scale} ({why}); others: -p scale {others}\n-p scale paper: {paper}")
-    return Session(notebook, scale, why)
+    return Session(notebook, scale)
 
 
 def _injected(history) -> list[str]:

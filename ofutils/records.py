@@ -122,13 +122,11 @@ def _advice(name: str | None) -> str:
     return "delete it to repeat its run" if name else "restore it from version control"
 
 
-def same_corpus(record: dict, sha256: str | None) -> bool:
-    """Whether a record was made on the corpus that is here (None: it is not here); if not, one line says so."""
+def warn_of_other_corpus(record: dict, sha256: str | None) -> None:
+    """One line where a record was made on another corpus than the one that is here (None: it is not here)."""
     theirs = record["environment"].get("corpus")
-    if not theirs or theirs == sha256:
-        return True
-    _say_once(f"records made on another corpus are used: sha256 {theirs[:12]}, here {(sha256 or 'none')[:12]}")
-    return False
+    if theirs and theirs != sha256:
+        _say_once(f"records made on another corpus are used: sha256 {theirs[:12]}, here {(sha256 or 'none')[:12]}")
 
 
 @cache

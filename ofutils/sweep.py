@@ -99,8 +99,8 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     if run.diverged:
         return Outcome(job, run, error=f"diverged at step {run.diverged}")
     tokens, context = train.load_tokens(job.config), job.config.model.context
-    same = run.record["environment"]["corpus"] == tokens.corpus
-    params.require(same, f"{run.config.name} was trained on another corpus than is here")
+    trained_on = run.record["environment"]["corpus"]
+    params.require(trained_on == tokens.corpus, f"{run.config.name} was trained on another corpus than is here")
     model = (run if run.has_weights else train.train(job.config, report=report, again=True)).load()
     evaluation = data.fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, context)
     store, environment = train.store(), params.environment() | {"corpus": tokens.corpus}
@@ -257,42 +257,46 @@ class Recipe:
         return run(self.runnable(grid), self.workers if workers is None else workers)
 
 
+def _read_yaml(name: str) -> dict:
+    import yaml
+
+    folder = resources.files("ofutils") / "recipes"
+    known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    params.require(name in known, f"unknown recipe {name!r}{params.suggest(name, known)}; known: {', '.join(known)}")
+    return yaml.safe_load((folder / f"{name}.yaml").read_text())
+
+
 def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: str = "") -> Recipe:
     """The recipe of a notebook at a scale; `steps`, `seeds` and `corpus` override it where they are set.
 
     Raises:
         UserError: an unknown recipe, or a scale that it does not have.
     """
-    import yaml
-
-    folder = resources.files("ofutils") / "recipes"
-    known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    if name not in known:
-        raise UserError(f"unknown recipe {name!r}{params.suggest(name, known)}; known: {', '.join(known)}")
-    content = yaml.safe_load((folder / f"{name}.yaml").read_text())
-    if scale not in content["scales"]:
-        raise UserError(f"{name} has no recipe for scale {scale!r}; it has: {', '.join(content['scales'])}")
-    chosen = content["scales"][scale]
+    content = _read_yaml(name)
+    methods, scales = content["methods"], content["scales"]
+    params.require(scale in scales, f"{name} has no recipe for scale {scale!r}; it has: {', '.join(scales)}")
+    chosen = scales[scale]
+    if "like" in chosen:  # another recipe's base, evaluation and quant, so that the two cannot drift apart
+        other = _read_yaml(chosen["like"])["scales"][scale]
+        chosen = {**other, "lr": {}, "grid": [], **chosen, "base": other["base"] | chosen.get("base", {})}
     params.require(steps >= 0 and seeds >= 0, f"steps and seeds must be at least 0, got {steps} and {seeds}")
-    named = corpus or chosen["base"].get("corpus", "stdlib")
-    params.require(named != "", f"{name} at scale {scale} needs a text to train on: name it with corpus")
     override = ({"steps": steps} if steps else {}) | ({"corpus": corpus} if corpus else {})
+    base = chosen["base"] | override
+    params.require(base.get("corpus") != "", f"{name} at scale {scale} needs a text to train on: name it with corpus")
     settings = tuple(params.build(QuantSettings, one) for one in chosen["quant"])
     evaluation = params.build(Evaluation, chosen.get("evaluation", {}))
-    methods = content["methods"]
 
     def job(method: str, seed: int, **rate) -> Job:
         own = methods[method]
-        values = chosen["base"] | own | override | {"seed": seed} | rate
-        values["model"] = chosen["base"].get("model", {}) | own.get("model", {})
+        values = base | own | override | {"seed": seed} | rate
+        values["model"] = base["model"] | own.get("model", {})
         values["warmup"] = min(values["warmup"], values["steps"] // 4)
         return Job(method, params.build(TrainConfig, values), settings, evaluation)
 
     rates = {method: {"lr": lr} for method, lr in chosen.get("lr", {}).items()}
     start, count = chosen.get("first_seed", 1), seeds or chosen["seeds"]
     jobs = tuple(job(m, seed, **rates.get(m, {})) for seed in range(start, start + count) for m in methods)
-    every = steps or chosen["base"]["steps"]
-    grid = [job(m, 0, lr=lr, measure_every=every) for m in methods for lr in chosen.get("grid", [])]
+    grid = [job(m, 0, lr=lr, measure_every=base["steps"]) for m in methods for lr in chosen.get("grid", [])]
     grid = tuple(replace(one, settings=(), evaluation=replace(evaluation, sites=())) for one in grid)
     return Recipe(name, scale, jobs, grid, chosen.get("workers"))
 
@@ -333,9 +337,8 @@ def export(outcomes: list[Outcome], name: str):
     """Write the records behind outcomes as JSON lines under figures/records; returns the path."""
     store, records = train.store(), []
     for outcome in (outcome for outcome in outcomes if outcome.run):
-        found = [outcome.run.record, *(store.find(kind, key) for kind, key in _entries(outcome.job))]
-        records += [record for record in found if record]
-    return store.export(records, name)
+        records += [outcome.run.record, *(store.find(*entry) for entry in _entries(outcome.job))]
+    return store.export([record for record in records if record], name)
 
 
 if __name__ == "__main__":

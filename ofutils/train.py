@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ofutils import UserError, data, optim, params
 from ofutils.probes import measure, resolve
-from ofutils.records import Store, differing, digest, same_corpus, write_atomically
+from ofutils.records import Store, differing, digest, warn_of_other_corpus, write_atomically
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
 
 OBJECTIVES = ("clm", "mlm", "pair", "image")
@@ -141,7 +141,7 @@ def find(config: TrainConfig) -> Run | None:
         here = data.load_corpus(config.corpus, config.characters).sha256
     except UserError:
         here = None  # the record speaks for itself
-    same_corpus(record, here)
+    warn_of_other_corpus(record, here)
     return Run(config, record)
 
 

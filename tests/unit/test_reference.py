@@ -55,9 +55,7 @@ def test_a_figure_is_saved_as_picture_points_and_provenance(out):
     plots.theme()
     fig, ax = plt.subplots()
     ax.plot([1, 2], [3, 4])
-    path = plots.save(
-        fig, params.Session("test", "tiny", "asked for"), "lines", pd.DataFrame({"x": [1, 2]}), corpus="abc"
-    )
+    path = plots.save(fig, params.Session("test", "tiny"), "lines", pd.DataFrame({"x": [1, 2]}), corpus="abc")
     assert path == out / "figures" / "test" / "lines.png" and path.stat().st_size > 1000
     assert pd.read_csv(path.with_suffix(".csv"))["x"].tolist() == [1, 2]
     described = json.loads(path.with_suffix(".json").read_text())
