@@ -1,14 +1,29 @@
-"""Outlier metrics: each as a short definition on one tensor, and from streaming statistics.
+"""Outlier metrics, each as a short definition on one tensor; `streaming` computes them over any number of batches.
 
 Two kurtoses exist and have two names. `neuron_kurtosis` (he2024) asks how unevenly the root mean square
 is spread over the neurons; `tensor_kurtosis` (bondarenko2023) is the fourth standardised moment of the
-raw activations. Their values are not comparable. Everything is accumulated in float64.
+raw activations. Their values are not comparable. Everything is computed in float64.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.double().flatten(0, -2)  # (N, D)
+
+
+def centred(x: Tensor) -> Tensor:
+    """x less the mean over its width, token by token: what he2024's code does before every metric that it logs."""
+    return x - x.mean(-1, keepdim=True)
+
+
+def rms(x: Tensor) -> Tensor:
+    """The root mean square of all entries, in the units of x: the scale of the activations.
+
+    Source: he2024, Figure 16 (there as the Frobenius norm).
+    """
+    return _tokens(x).square().mean().sqrt()
 
 
 def neuron_kurtosis(x: Tensor) -> Tensor:
@@ -23,10 +38,22 @@ def neuron_kurtosis(x: Tensor) -> Tensor:
     Returns:
         0-d float64 in [1, D]; nan for a tensor of zeros.
 
-    Source: he2024, Eq 1 (no centring). The authors' code logs d/(d-1) (Kurt - 1) of centred tokens.
+    Source: he2024, Eq 1 (no centring). For what the authors' code logs see `logged_kurtosis`.
     """
-    squares = x.double().flatten(0, -2).square().mean(0)  # (D,): s_j^2
+    squares = _tokens(x).square().mean(0)  # (D,): s_j^2
     return squares.square().mean() / squares.mean().square()
+
+
+def logged_kurtosis(x: Tensor) -> Tensor:
+    """What he2024's code logs as kurtosis: D / (D - 1) (neuron_kurtosis(centred(x)) - 1), at least 0.
+
+    Args:
+        x: (..., D) with D of 2 or more.
+
+    Source: he2024, released code; its figures with a logarithmic axis show this or a near relative. The
+    authors add 1e-8 to the root mean square by which they divide; this does not.
+    """
+    return x.shape[-1] / (x.shape[-1] - 1) * (neuron_kurtosis(centred(x.double())) - 1)
 
 
 def max_median_ratio(x: Tensor) -> Tensor:
@@ -42,12 +69,8 @@ def max_median_ratio(x: Tensor) -> Tensor:
 
     Source: he2024, Eq 2, with the mean over tokens (Figures 11 and 13). The authors' code centres x.
     """
-    return _token_ratios(x).mean()
-
-
-def _token_ratios(x: Tensor) -> Tensor:
-    size = x.double().flatten(0, -2).abs()  # (N, D)
-    return size.amax(-1) / size.median(-1).values
+    size = _tokens(x).abs()
+    return (size.amax(-1) / size.median(-1).values).mean()
 
 
 def tensor_kurtosis(x: Tensor) -> Tensor:
@@ -56,7 +79,7 @@ def tensor_kurtosis(x: Tensor) -> Tensor:
     mean((x - mu)^4) / (std^4 + 1e-6), with the unbiased std; 3 for Gaussian noise (not the excess).
 
     Args:
-        x: (R, ...), one row per entry of axis 0; the rest is flattened.
+        x: (R, ...), one row per entry of axis 0 (a sequence, or a token after `flatten(0, -2)`).
 
     Returns:
         (R,) float64.
@@ -64,8 +87,8 @@ def tensor_kurtosis(x: Tensor) -> Tensor:
     Source: bondarenko2023, the metric of its tables, as its released code computes it.
     """
     rows = x.double().flatten(1)  # (R, n)
-    centred = rows - rows.mean(1, keepdim=True)
-    return centred.pow(4).mean(1) / (rows.std(1).pow(4) + 1e-6)
+    deviations = rows - rows.mean(1, keepdim=True)
+    return deviations.pow(4).mean(1) / (rows.std(1).pow(4) + 1e-6)
 
 
 def max_inf_norm(sites) -> Tensor:
@@ -85,64 +108,67 @@ def max_inf_norm(sites) -> Tensor:
     return torch.stack([x.double().flatten(1).abs().amax(1).mean() for x in sites]).max()
 
 
-def six_sigma_count(x: Tensor) -> int:
-    """How many entries lie more than six standard deviations from the mean of their tensor.
+def six_sigma(x: Tensor) -> Tensor:
+    """Which entries lie more than six standard deviations from the mean of their row: the outliers.
 
-    Source: bondarenko2023, footnote 1 (the definition of an outlier there).
+    Args:
+        x: (R, ...), one row per entry of axis 0, each its own tensor.
+
+    Returns:
+        Boolean, of x's shape.
+
+    Source: bondarenko2023, footnote 1.
     """
-    values = x.double()
-    return int(((values - values.mean()).abs() > 6 * values.std()).sum())
+    rows = x.double().flatten(1)
+    deviations = (rows - rows.mean(1, keepdim=True)).abs()
+    return (deviations > 6 * rows.std(1, keepdim=True)).view(x.shape)
 
 
-@dataclass
-class Statistics:
-    """Streaming statistics of one site, from which every metric above is read.
+def input_correlation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """How alike the tokens are: mean and root mean square of x_a . x_b / D over pairs of tokens, x scaled to RMS 1.
 
-    `add` takes a batch of activations (B, ..., D); rows are the entries of axis 0, so sequences, tokens all
-    leading axes. (In the authors' OPT code a row of `norm2` and `mlp_out` is a token.) Statistics of parts
-    merge into the statistics of the whole, in any order.
+    A cosine only where all tokens are equally long; 1 when all tokens are the same (rank collapse).
+
+    Args:
+        x: (..., D) with two tokens or more, N in all.
+
+    Returns:
+        Two 0-d float64.
+
+    Source: he2024, section 3 (signal propagation).
     """
+    tokens = _tokens(x) / rms(x)
+    gram = tokens @ tokens.T / x.shape[-1]  # (N, N)
+    pairs = gram[~torch.eye(len(gram), dtype=torch.bool, device=x.device)]
+    return pairs.mean(), pairs.square().mean().sqrt()
 
-    rows: int = 0
-    tokens: int = 0
-    squares: Tensor | float = 0.0  # (D,): sum over tokens of x^2
-    ratios: float = 0.0  # sum over tokens of max / median
-    kurtosis: float = 0.0  # sum over rows
-    norms: float = 0.0  # sum over rows of max |x|
-    outliers: int = 0  # sum over batches of the six-sigma count
-    largest: float = 0.0
 
-    def add(self, x: Tensor) -> None:
-        """Take in one batch of activations, (B, ..., D)."""
-        x = x.detach()
-        row_norms = x.flatten(1).abs().amax(1).double()  # (B,)
-        self.rows += x.shape[0]
-        self.tokens += x.shape[:-1].numel()
-        self.squares = self.squares + x.double().flatten(0, -2).square().sum(0)
-        self.ratios += float(_token_ratios(x).sum())
-        self.kurtosis += float(tensor_kurtosis(x).sum())
-        self.norms += float(row_norms.sum())
-        self.outliers += six_sigma_count(x)
-        self.largest = max(self.largest, float(row_norms.max()))
+def feature_correlation(x: Tensor) -> Tensor:
+    """How alike the neurons are: root mean square, over pairs of neurons, of mean_a x_ai x_aj, x scaled to RMS 1.
 
-    def merge(self, other: "Statistics") -> "Statistics":
-        """The statistics of both parts together."""
-        summed = ("rows", "tokens", "squares", "ratios", "kurtosis", "norms", "outliers")
-        whole = {name: getattr(self, name) + getattr(other, name) for name in summed}
-        return Statistics(**whole, largest=max(self.largest, other.largest))
+    Source: he2024, Figure 34.
+    """
+    tokens = _tokens(x) / rms(x)
+    gram = tokens.T @ tokens / len(tokens)  # (D, D)
+    return gram[~torch.eye(len(gram), dtype=torch.bool, device=x.device)].square().mean().sqrt()
 
-    def summary(self) -> dict[str, float]:
-        """Every metric as a plain number, under the names of the functions of this module.
 
-        `tensor_kurtosis` is the mean over rows, `inf_norm` the mean over rows of max |x|, `max_abs` the
-        largest entry seen, `six_sigma` the share of entries counted (per batch, as its own tensor).
-        """
-        squares = self.squares / self.tokens
-        return {
-            "neuron_kurtosis": float(squares.square().mean() / squares.mean().square()),
-            "max_median_ratio": self.ratios / self.tokens,
-            "tensor_kurtosis": self.kurtosis / self.rows,
-            "inf_norm": self.norms / self.rows,
-            "max_abs": self.largest,
-            "six_sigma": self.outliers / (self.tokens * squares.numel()),
-        }
+def anisotropy(x: Tensor) -> Tensor:
+    """The mean cosine between two different tokens, in [-1, 1]; 0 for directions without a preference.
+
+    Source: puccetti2022, section on geometry (after Ethayarajh 2019).
+    """
+    directions = torch.nn.functional.normalize(_tokens(x), dim=-1)
+    n = len(directions)
+    return (directions.sum(0).square().sum() - directions.square().sum()) / (n * (n - 1))
+
+
+def attention_entropy(probs: Tensor) -> Tensor:
+    """Mean entropy (nats) of the attention of a query, in [0, log T]; 0 log 0 = 0.
+
+    Args:
+        probs: (..., T, T), rows are queries.
+
+    Source: he2024, Eq 10.
+    """
+    return torch.special.entr(probs.double()).sum(-1).mean()

@@ -1,13 +1,16 @@
 """Reading and editing activations at named sites, through forward hooks.
 
-A model names its sites by `model.sites()`: site name -> the module whose output that tensor is. Sites of
-a block are written `blocks.3.resid_post`; a pattern is such a name, the bare name `resid_post` (in every
-block), or a glob such as `blocks.[01].*`.
+A model names its sites by `model.sites()`: site name -> where that tensor is, a module whose output it is
+or a `Place` inside a foreign model. Sites of a block are written `blocks.3.resid_post`; a pattern is such
+a name, the bare name `resid_post` (in every block), or a glob such as `blocks.[01].*`.
 
     hooked(model, {site: function})    the mechanism: read, or return a tensor to put in its place
     capture(model, patterns)           a dictionary that fills with the tensors of the next forward pass
     edit(model, patterns, function)    replace the tensor at every matching site
     measure(model, batches, patterns)  the one evaluation loop: loss and statistics per site
+
+A batch is a tensor, the model's first argument, or a mapping of its arguments such as a tokenizer gives;
+`attention_mask` in it says which tokens are padding.
 """
 
 import fnmatch
@@ -19,7 +22,33 @@ import torch
 from torch import Tensor, nn
 
 from ofutils import UserError, params
-from ofutils.metrics import Statistics
+from ofutils.streaming import STANDARD, AttentionStatistics, Statistics
+
+Batch = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor in a foreign model, to be read only: a module's first input, its output, or a part of that."""
+
+    module: nn.Module
+    side: str = "output"  # input | output
+    index: int = 0  # where the output is a tuple
+
+    def read(self, function: Callable[[Tensor], Tensor | None]):
+        """Register a hook that calls the function on the tensor; returns its handle."""
+
+        def reading(x):
+            if function(x) is not None:
+                raise UserError("a Hugging Face model can be read, not edited: convert it with families.from_hf")
+
+        if self.side == "input":
+            return self.module.register_forward_pre_hook(
+                lambda _, args, named: reading(args[0] if args else next(iter(named.values()))), with_kwargs=True
+            )
+        return self.module.register_forward_hook(
+            lambda _, __, output: reading(output if torch.is_tensor(output) else output[self.index])
+        )
 
 
 def resolve(model: nn.Module, patterns: str | Iterable[str]) -> list[str]:
@@ -50,7 +79,10 @@ def hooked(model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor |
     handles = []
     try:
         for name, function in functions.items():
-            handles.append(sites[name].register_forward_hook(lambda _, __, output, f=function: f(output)))
+            if isinstance(place := sites[name], Place):
+                handles.append(place.read(function))
+            else:
+                handles.append(place.register_forward_hook(lambda _, __, output, f=function: f(output)))
         yield
     finally:
         for handle in handles:
@@ -84,7 +116,7 @@ class Measurement:
     """What `measure` returns: the mean loss over batches (nats), and per site its statistics."""
 
     loss: float
-    sites: dict[str, Statistics]
+    sites: dict[str, Statistics | AttentionStatistics]
 
     def summary(self) -> dict:
         """Plain numbers: {"loss": ..., "sites": {name: {metric: value}}}."""
@@ -94,34 +126,40 @@ class Measurement:
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     patterns: str | Iterable[str] = (),
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Callable[[Tensor, Batch], Tensor] | None = None,
+    meters: Iterable[str] = STANDARD,
 ) -> Measurement:
     """Run the model over batches in evaluation mode and collect loss and statistics per site.
 
-    No activation is kept. The model's mode is restored.
+    One pass, and no activation is kept. The model's mode is restored.
 
     Args:
-        batches: (B, T) token ids each.
-        patterns: sites to watch.
+        batches: (B, T) token ids each, or mappings; padding (`attention_mask` 0) counts nowhere.
+        patterns: sites to watch; `probs` gets `AttentionStatistics`, every other site `Statistics`.
         loss: (model output, batch) -> 0-d loss; without it the loss is nan.
+        meters: names out of `streaming.METERS`.
 
     Returns:
         The mean over batches of the loss, and the statistics of each site.
 
     Raises:
-        UserError: no batches, an unknown site, or a site whose hook never fired.
+        UserError: no batches, an unknown site or meter, or a site whose hook never fired.
     """
-    statistics = {name: Statistics() for name in resolve(model, patterns)}
-    place = next(model.parameters()).device
+    meters, real = tuple(meters), None
+    statistics = {
+        name: AttentionStatistics() if name.split(".")[-1] == "probs" else Statistics(meters)
+        for name in resolve(model, patterns)
+    }
+    device = next(model.parameters()).device
     training, losses = model.training, []
     model.eval()
     try:
-        with hooked(model, {name: stats.add for name, stats in statistics.items()}):
+        with hooked(model, {name: lambda x, s=stats: s.add(x, real) for name, stats in statistics.items()}):
             for batch in batches:
-                batch = batch.to(place)
-                output = model(batch)
+                batch, real = _moved(batch, device)
+                output = run(model, batch)
                 losses.append(float(loss(output, batch)) if loss else float("nan"))
     finally:
         model.train(training)
@@ -130,3 +168,17 @@ def measure(
     if silent := [name for name, stats in statistics.items() if not stats.rows]:
         raise UserError(f"site {silent[0]} was watched but never computed")
     return Measurement(sum(losses) / len(losses), statistics)
+
+
+def run(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's output on a batch."""
+    return model(batch) if torch.is_tensor(batch) else model(**batch)
+
+
+def _moved(batch: Batch, device) -> tuple[Batch, Tensor | None]:
+    """The batch on the device, and its padding mask (B, T), if it has one."""
+    if torch.is_tensor(batch):
+        return batch.to(device), None
+    batch = {name: value.to(device) for name, value in batch.items()}
+    mask = batch.get("attention_mask")
+    return batch, None if mask is None or bool(mask.all()) else mask.bool()

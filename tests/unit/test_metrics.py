@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ofutils import metrics
-from ofutils.metrics import Statistics
+from ofutils import UserError, metrics, streaming
+from ofutils.streaming import AttentionStatistics, Statistics, all_meters
 
 
 def activations(seed=0, shape=(4, 8, 16)):
@@ -57,29 +57,182 @@ def test_max_inf_norm_is_the_mean_over_rows_then_the_maximum_over_sites():
     assert metrics.max_inf_norm([b]) == 2.5
 
 
-def test_six_sigma_finds_the_planted_outliers():
+def test_six_sigma_finds_the_planted_outliers_of_each_row():
     x = activations(2, (4, 50, 50))
-    assert metrics.six_sigma_count(x) == 0
+    assert not metrics.six_sigma(x).any()
     x[0, 3, 7] = x[2, 1, 1] = 40
-    assert metrics.six_sigma_count(x) == 2
+    assert metrics.six_sigma(x).nonzero().tolist() == [[0, 3, 7], [2, 1, 1]]
+
+
+def test_the_logged_metrics_equal_the_authors(vectors):
+    tensors, expected = vectors("he_metrics")
+    assert len(tensors) == 3
+    for name, x in tensors.items():
+        plain, streamed = Statistics(all_meters()), Statistics(all_meters())
+        plain.add(x)
+        for part in metrics.centred(x).split(1):
+            streamed.add(part)
+        found, stream = streamed.summary(), expected[name]
+        shrink = found["rms"] / (found["rms"] + 1e-8)  # the authors divide by the RMS plus 1e-8
+        ours = {
+            "x_rms": found["rms"] / shrink,
+            "logged_kurtosis": plain.summary()["logged_kurtosis"] * shrink**4,
+            "feat_corr_rms": found["feature_correlation_rms"] * shrink**2,
+            "batch_corr_mean": found["input_correlation"] * shrink**2,
+            "batch_corr_rms": found["input_correlation_rms"] * shrink**2,
+            "max_median_ratio": found["max_median_ratio"],
+        }
+        assert ours == pytest.approx(stream, rel=1e-9)
+        assert found["identity_error"] < 1e-12
+
+
+def definitions(x):
+    """Every metric of `Statistics` from its definition, on sequences (B, T, D)."""
+    tokens = x.flatten(0, -2)
+    mean, square = metrics.input_correlation(x)
+    size = tokens.abs()
+    return {
+        "rms": metrics.rms(x),
+        "neuron_kurtosis": metrics.neuron_kurtosis(x),
+        "logged_kurtosis": metrics.logged_kurtosis(x),
+        "inf_norm": metrics.max_inf_norm(x),
+        "max_abs": x.abs().max(),
+        "max_median_ratio": metrics.max_median_ratio(x),
+        "largest_max_median_ratio": (size.amax(1) / size.median(1).values).max(),
+        "tensor_kurtosis": metrics.tensor_kurtosis(x).mean(),
+        "token_kurtosis": metrics.tensor_kurtosis(tokens).mean(),
+        "outlier_share": metrics.six_sigma(x).double().mean(),
+        "input_correlation": mean,
+        "input_correlation_rms": square,
+        "feature_correlation_rms": metrics.feature_correlation(x),
+        "identity_error": 0.0,
+        "anisotropy": metrics.anisotropy(x),
+    }
+
+
+def outlying(seed=3, shape=(8, 60, 16)):
+    x = activations(seed, shape) + 0.3
+    x[..., 5] *= 30
+    x[1, 2, 9] = -500
+    return x
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 4])
 def test_statistics_equal_the_definitions_however_the_batch_is_cut_or_merged(pieces):
-    x = activations(3, (8, 6, 16))
-    x[..., 5] *= 30
+    x = outlying()
     parts = []
     for chunk in x.chunk(pieces):
-        statistics = Statistics()
+        statistics = Statistics(all_meters())
         for half in chunk.chunk(2):
             statistics.add(half)
         parts.append(statistics)
     whole = parts[0]
     for part in parts[1:]:
         whole = whole.merge(part)
-    found = whole.summary()
-    assert found["neuron_kurtosis"] == pytest.approx(float(metrics.neuron_kurtosis(x)), rel=1e-12)
-    assert found["max_median_ratio"] == pytest.approx(float(metrics.max_median_ratio(x)), rel=1e-12)
-    assert found["tensor_kurtosis"] == pytest.approx(float(metrics.tensor_kurtosis(x).mean()), rel=1e-12)
-    assert found["inf_norm"] == pytest.approx(float(metrics.max_inf_norm(x)), rel=1e-12)
-    assert found["max_abs"] == float(x.abs().max())
+    expected = {name: float(value) for name, value in definitions(x).items()}
+    assert whole.summary() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    assert whole.tokens == 480 and whole.rows == 8
+    hits = metrics.six_sigma(x)
+    assert whole.sums["outliers_by_dimension"].tolist() == hits.sum((0, 1)).tolist()
+    assert whole.sums["outliers_by_position"].tolist() == hits.sum((0, 2)).tolist()
+    torch.testing.assert_close(whole.neuron_rms, x.square().mean((0, 1)).sqrt())
+
+
+def test_chunks_of_a_long_batch_change_nothing(monkeypatch):
+    x = outlying()
+    whole, chunked = Statistics(all_meters()), Statistics(all_meters())
+    whole.add(x)
+    monkeypatch.setattr(streaming, "_CHUNK", 100)
+    chunked.add(x)
+    assert chunked.summary() == pytest.approx(whole.summary(), rel=1e-12, abs=1e-12)
+
+
+def test_the_cheap_meters_compute_nothing_else():
+    statistics = Statistics(("neuron_kurtosis", "inf_norm"))
+    statistics.add(outlying())
+    assert set(statistics.summary()) == {"neuron_kurtosis", "inf_norm"}
+    assert not {"gram", "ratios", "row_kurtosis"} & statistics.sums.keys()
+
+
+def test_padding_counts_nowhere():
+    x, lengths = outlying(shape=(4, 10, 16)), [10, 7, 3, 0]
+    mask = torch.arange(10) < torch.tensor(lengths)[:, None]
+    padded = x.masked_fill(~mask[..., None], float("nan"))
+    statistics, expected = Statistics(all_meters()), Statistics(all_meters())
+    statistics.add(padded, mask)
+    for row, length in zip(x, lengths, strict=True):
+        if length:
+            expected.add(row[None, :length])
+    assert statistics.rows == 3 and statistics.tokens == 20
+    assert statistics.summary() == pytest.approx(expected.summary(), rel=1e-12, abs=1e-12)
+    assert statistics.sums["outliers_by_position"].tolist() == expected.sums["outliers_by_position"].tolist()
+
+
+def test_statistics_of_heads_and_of_pooled_rows_take_the_same_mask():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    heads, plain = Statistics(), Statistics()
+    x = activations(4, (2, 5, 3, 8))  # B, H, T, K
+    heads.add(x, mask)
+    plain.add(x[0, :, :2].reshape(1, -1, 8))
+    plain.add(x[1, :, :1].reshape(1, -1, 8))
+    assert heads.summary() == pytest.approx(plain.summary())
+    pooled = Statistics()
+    pooled.add(activations(5, (2, 8)), mask)
+    assert pooled.tokens == 2
+    with pytest.raises(UserError, match="does not fit"):
+        Statistics().add(activations(6, (2, 4, 8)), mask)
+
+
+def test_positions_of_batches_of_different_lengths_add_up():
+    statistics = Statistics(("outlier_share",))
+    for length in (30, 50, 20):
+        x = activations(7, (1, length, 64))
+        x[0, 10, 3] = 100
+        statistics.add(x)
+    found = statistics.sums["outliers_by_position"]
+    assert len(found) == 50 and found[10] == 3 and found.sum() == 3
+
+
+def test_half_precision_is_summed_in_single():
+    x = outlying(shape=(2, 600, 16)).to(torch.bfloat16)
+    half, single = Statistics(all_meters()), Statistics(all_meters())
+    half.add(x)
+    single.add(x.double())
+    assert half.summary() == pytest.approx(single.summary(), rel=1e-4, abs=1e-5)
+    big = Statistics()
+    big.add(torch.full((1, 4, 8), 6e4, dtype=torch.float16))
+    assert big.summary()["neuron_kurtosis"] == 1
+
+
+def test_an_unknown_meter_lists_the_known_ones():
+    with pytest.raises(UserError, match="unknown meter 'kurtosis'.*known: rms, neuron_kurtosis"):
+        Statistics(("kurtosis",))
+
+
+def test_the_identity_holds_against_the_whole_input_gram():
+    x = outlying(shape=(2, 20, 16)).flatten(0, 1)
+    x = x / metrics.rms(x)
+    n, width = x.shape
+    features = x.T @ x
+    left = n**2 * width * metrics.neuron_kurtosis(x) + features.square().sum() - features.diagonal().square().sum()
+    torch.testing.assert_close(left, (x @ x.T).square().sum())
+
+
+def test_attention_entropy_of_uniform_and_of_one_hot_attention():
+    uniform, one_hot = torch.full((2, 3, 4, 4), 0.25), torch.eye(4).expand(2, 3, 4, 4)
+    assert metrics.attention_entropy(uniform) == pytest.approx(1.3862943611)
+    assert metrics.attention_entropy(one_hot) == 0
+    statistics = AttentionStatistics()
+    statistics.add(uniform, torch.tensor([[True] * 4, [True] * 2 + [False] * 2]))
+    other = AttentionStatistics()
+    other.add(one_hot)
+    whole = statistics.merge(other)
+    assert whole.rows == 4
+    assert whole.summary()["attention_entropy"] == pytest.approx(1.3862943611 * 6 / 14)
+    assert statistics.head_entropy.tolist() == pytest.approx([1.3862943611] * 3)
+
+
+def test_anisotropy_of_equal_and_of_opposite_tokens():
+    token = torch.tensor([1.0, 2.0, 3.0])
+    assert metrics.anisotropy(torch.stack([token, 5 * token])) == pytest.approx(1)
+    assert metrics.anisotropy(torch.stack([token, -token])) == pytest.approx(-1)
