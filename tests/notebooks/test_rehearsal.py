@@ -1,0 +1,125 @@
+"""Scale `paper` without its machine: every notebook runs with few steps on stand-ins of what it would use.
+
+Checkpoints and data sets come from a cache of stand-ins (tests/stand_ins.py), trainings that need a GPU from
+stand-in records; the notebook's own code is the real one. Beside it, one step of the real model is taken.
+"""
+
+import dataclasses
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from ofutils import params, probes, sweep, train
+from ofutils.records import differing
+from ofutils.transformer import Transformer, clm_loss
+from tests import stand_ins
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+def no_records(corpus):
+    """For a notebook whose scale `paper` trains nothing."""
+
+
+def records_of_03_quant(corpus):
+    write_records(sweep.read_recipe("03_quant", "paper", steps=8, corpus=corpus))
+
+
+# notebook -> (stand-ins that it loads, its parameters besides scale; CORPUS is a text, what writes its records)
+CORPUS = "{corpus}"
+ENTRIES = {
+    "03_quant": ((), {"steps": 8, "corpus": CORPUS}, records_of_03_quant),
+}
+
+
+def write_records(recipe):
+    """Plausible records of all runs of a recipe, as if they had been made elsewhere."""
+    model = dataclasses.replace(recipe.jobs[0].config.model, vocab=300, width=24, context=16)
+    sites = recipe.jobs[0].evaluation.sites
+    pattern = probes.measure(Transformer(model).eval(), [torch.randint(0, 300, (4, 16))], sites).summary()["sites"]
+    environment = params.environment() | {"corpus": train.load_tokens(recipe.jobs[0].config).corpus}
+    draw = random.Random(0)
+
+    def around(value):
+        return value * math.exp(draw.gauss(0, 0.1))
+
+    def measured(sites):
+        return {site: {metric: around(value) for metric, value in pattern[site].items()} for site in sites}
+
+    for job in recipe.jobs:
+        watched = [site for site in pattern if site.split(".")[-1] in job.config.sites]
+        steps = range(1, job.config.steps + 1)
+        log = [{"step": n, "lr": job.config.lr, "train_loss": around(4.0), "loss": around(4.0)} for n in steps]
+        result = {"log": [entry | {"sites": measured(watched)} for entry in log], "diverged": None}
+        train.store().write("train", differing(job.config), result, environment)
+        loss = around(3.5)
+        first, *others = sweep._entries(job)
+        train.store().write(*first, {"loss": loss, "sites": measured(pattern)}, environment)
+        for entry in others:
+            train.store().write(*entry, {"loss": loss + around(0.05)}, environment)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A text file of 200 paragraphs, the corpus that scale `paper` asks the user to name."""
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n\n".join(f"Paragraph {n} says that {n} times {n} is {n * n}." for n in range(200)))
+    return str(path)
+
+
+def test_every_notebook_is_rehearsed():
+    assert set(NOTEBOOKS) <= set(ENTRIES)
+
+
+@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name in ENTRIES])
+def test_the_notebook_runs_at_scale_paper(name, home, corpus, tmp_path, monkeypatch):
+    names, parameters, write = ENTRIES[name]
+    monkeypatch.setenv("OFUTILS_OUT", str(tmp_path / "out"))
+    write(corpus)
+    environment = os.environ | {"HF_HOME": str(stand_ins.build(home, names)), "HF_HUB_OFFLINE": "1"}
+    for elsewhere in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT"):
+        environment.pop(elsewhere, None)
+    command = [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", str(tmp_path / "out.ipynb")]
+    for parameter, value in ({"scale": "paper"} | parameters).items():
+        command += ["-p", parameter, str(value).replace(CORPUS, corpus)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "scale paper (asked for)" in (tmp_path / "out.ipynb").read_text()
+
+
+# --- what 03_quant trains at this scale
+
+
+def test_the_model_of_03_quant_is_opt_125m(corpus):
+    vanilla = sweep.read_recipe("03_quant", "paper", corpus=corpus).jobs[0].config.model
+    with torch.device("meta"):
+        original = transformers.OPTForCausalLM(transformers.OPTConfig())
+        ours = Transformer(vanilla)
+    count, positions = original.num_parameters(), original.model.decoder.embed_positions.weight.numel()
+    assert count == 125_239_296
+    assert sum(p.numel() for p in ours.parameters()) == count - positions + vanilla.context * vanilla.width
+
+
+@pytest.mark.parametrize("method", ["vanilla", "clipped softmax", "gated attention", "OP"])
+def test_a_step_of_03_quant_at_real_width_and_vocabulary(method, corpus):
+    jobs = sweep.read_recipe("03_quant", "paper", corpus=corpus).jobs
+    config = next(job.config.model for job in jobs if job.method == method)
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(config, layers=stand_ins.LAYERS))
+    ids = torch.randint(0, config.vocab, (1, 32))
+    loss = clm_loss(model(ids), ids)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

