@@ -1,16 +1,20 @@
-"""The papers' numbers, and verdicts on their claims.
+"""The papers' numbers and claims, and verdicts on them.
 
 The numbers lie in `papers/*.csv`, one line each, with source and a flag for whether it was verified;
-an unverified number is never handed out as the paper's.
+an unverified number is never handed out as the paper's. The claims lie in `papers/claims.yaml`; a verdict
+that carries a claim's id stands in the scoreboard (`ofutils.report`).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
-from math import exp, isfinite, log
+from math import exp, isfinite, log, nan
 from statistics import mean, stdev
 
 import pandas as pd
+import yaml
 
 from ofutils import UserError, params
 
@@ -18,6 +22,10 @@ SEEDS_NEEDED = 3
 # Student's t, 95% one-sided, by degrees of freedom; beyond 10 the last one, which is a little wide
 _T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833, 10: 1.812}
 _PAPERS = ("bondarenko2023", "he2024")
+#: Columns of a notebook's table of verdicts.
+TABLE = ["id", "claim", "ours", "low", "high", "margin", "n", "values", "ratio", "paper", "verdict"]
+#: What stands for the paper's number where it gives none, or none that was verified.
+NO_NUMBER = "no verified number"
 
 
 def table(paper: str, item: str) -> pd.DataFrame:
@@ -54,8 +62,62 @@ def value(paper: str, item: str, row: str, column: str) -> float:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A paper's claim that a notebook judges; the fields are explained in `papers/claims.yaml`."""
+
+    id: str
+    paper: str
+    item: str
+    statement: str
+    rule: str
+    tolerance: dict[str, float]
+    notebook: str
+    numbers: str = ""
+
+    @property
+    def margin(self) -> float:
+        """The parameter's value; its negative where the rule says so."""
+        ((parameter, value),) = self.tolerance.items()
+        return -value if f"-{parameter}" in self.rule else value
+
+    def rule_at(self, margin: float) -> str:
+        """The rule in words, with this margin in the place of the parameter that holds it."""
+        (parameter,) = self.tolerance
+        return re.sub(rf"-?\b{parameter}\b", f"{margin:g}", self.rule)
+
+
+@cache
+def _all_claims() -> tuple[Claim, ...]:
+    text = (resources.files("ofutils") / "papers" / "claims.yaml").read_text(encoding="utf-8")
+    return tuple(Claim(**entry) for entry in yaml.safe_load(text))
+
+
+def claims(notebook: str | None = None) -> tuple[Claim, ...]:
+    """The papers' claims in the order of the scoreboard: all, or those that one notebook judges.
+
+    Args:
+        notebook: e.g. `03_quant`; one without claims has none.
+    """
+    return tuple(one for one in _all_claims() if notebook in (None, one.notebook))
+
+
+def claim(id: str) -> Claim:
+    """The claim of that id, e.g. `he2024-soap-w8a8`.
+
+    Raises:
+        UserError: an unknown id.
+    """
+    known = {one.id: one for one in _all_claims()}
+    params.require(id in known, f"unknown claim {id!r}{params.suggest(id, known)}; they are in papers/claims.yaml")
+    return known[id]
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What became of one claim. `text` is for printing; `verdict` one of three words (and a reason)."""
+    """What became of one claim. `text` is for printing; `verdict` one of three words (and a reason).
+
+    `id` is empty where no paper makes the claim; an unknown one raises a UserError.
+    """
 
     claim: str
     paper: str
@@ -63,8 +125,19 @@ class Verdict:
     mean: float
     high: float
     margin: float
-    seeds: int
+    values: tuple[float, ...]
     verdict: str
+    ratio: bool = False
+    id: str = ""
+
+    def __post_init__(self):
+        if self.id:
+            claim(self.id)
+
+    @property
+    def seeds(self) -> int:
+        """How many values it rests on."""
+        return len(self.values)
 
     @property
     def text(self) -> str:
@@ -75,7 +148,13 @@ class Verdict:
 
 
 def compare(
-    claim: str, ours: Sequence[float], margin: float, paper: str, untestable: str = "", ratio: bool = False
+    claim: str,
+    ours: Sequence[float],
+    margin: float,
+    paper: str,
+    untestable: str = "",
+    ratio: bool = False,
+    id: str = "",
 ) -> Verdict:
     """Judge a claim of the form "this quantity lies above a margin", one value per seed.
 
@@ -90,9 +169,17 @@ def compare(
         paper: the paper's own value, with its source; or that it gives none.
         untestable: why the claim cannot be judged here, if so.
         ratio: the values are positive ratios: mean and interval are taken of their logarithms.
+        id: of the paper's claim that is judged, from `papers/claims.yaml`; empty where no paper makes it.
+
+    Returns:
+        The verdict, with the margin that was used.
+
+    Raises:
+        UserError: an unknown id.
     """
-    values = [log(x) if ratio and x > 0 else float(x) for x in ours]
-    n, centre = len(values), mean(values) if values else float("nan")
+    given = tuple(map(float, ours))
+    values = [(log(x) if x > 0 else nan) for x in given] if ratio else given
+    n, centre = len(values), mean(values) if values else nan
     whole = all(map(isfinite, values))
     reach = _T95[min(n - 1, 10)] * stdev(values) / n**0.5 if n > 1 and whole else float("inf")
     low, centre, high = (exp(x) if ratio else x for x in (centre - reach, centre, centre + reach))
@@ -108,4 +195,33 @@ def compare(
         verdict = "does not hold"
     else:
         verdict = "not testable at this scale: the seeds differ too much"
-    return Verdict(claim, paper, low, centre, high, margin, n, verdict)
+    return Verdict(claim, paper, low, centre, high, margin, given, verdict, ratio, id)
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """All verdicts of a notebook, to be saved as `verdicts`; of a claim judged twice the later one counts.
+
+    Args:
+        verdicts: in the order of the table.
+
+    Returns:
+        Columns id, claim, ours, low, high, margin, n, values, ratio, paper, verdict. `values` holds one
+        number per seed, separated by spaces, in full precision: every verdict can be computed again.
+    """
+    rows = [
+        {
+            "id": one.id,
+            "claim": one.claim,
+            "ours": one.mean,
+            "low": one.low,
+            "high": one.high,
+            "margin": one.margin,
+            "n": one.seeds,
+            "values": " ".join(map(repr, one.values)),
+            "ratio": one.ratio,
+            "paper": one.paper,
+            "verdict": one.verdict,
+        }
+        for one in {one.claim: one for one in verdicts}.values()
+    ]
+    return pd.DataFrame(rows, columns=TABLE)

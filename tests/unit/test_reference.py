@@ -75,3 +75,44 @@ def test_a_bound_is_not_a_number():
 def test_ratios_are_averaged_by_their_logarithms():
     found = reference.compare("divides by", [1.0, 2.0, 4.0], 0.5, "none", ratio=True)
     assert found.mean == pytest.approx(2.0) and found.low * found.high == pytest.approx(4.0)
+
+
+def test_a_ratio_that_is_not_positive_is_no_number():
+    assert "not every seed gave a number" in reference.compare("c", [1.0, 0.0, 2.0], 0.5, "none", ratio=True).verdict
+
+
+def test_claims_are_found_by_notebook_and_by_id():
+    every = reference.claims()
+    mine = [one for one in every if one.notebook == "03_quant"]
+    assert list(reference.claims("03_quant")) == mine != [] and reference.claims("99_nothing") == ()
+    found = reference.claim("he2024-soap-w8a8")
+    assert (found.paper, found.notebook, found.tolerance) == ("he2024", "03_quant", {"share_kept": 0.25})
+    assert found.margin == 0.25 and reference.claim("he2024-op-fp").margin == -0.05
+    assert found.rule_at(0.5) == "share of vanilla's W8A8 cost that it saves, above 0.5"
+    assert reference.claim("he2024-op-fp").rule_at(0.1) == "nats that it lies below vanilla's loss, above 0.1"
+    with pytest.raises(UserError, match="unknown claim 'he2024-soap-w8a' .did you mean 'he2024-soap-w8a8'"):
+        reference.claim("he2024-soap-w8a")
+
+
+def test_a_verdict_carries_the_id_of_a_known_claim_only():
+    assert reference.compare("c", [1.0], 0, "none").id == ""
+    assert reference.compare("c", [1.0], 0, "none", id="he2024-op-fp").id == "he2024-op-fp"
+    with pytest.raises(UserError, match="unknown claim 'he2024-opfp' .did you mean 'he2024-op-fp'"):
+        reference.compare("c", [1.0], 0, "none", id="he2024-opfp")
+
+
+def test_the_table_of_verdicts_holds_all_that_they_follow_from(out):
+    thirds = [1 / 3, 2 / 3, 4 / 3]
+    made = [
+        reference.compare("a falls by", [0.0], 9, "none"),
+        reference.compare("b", thirds, 0.1, "7 (x)", ratio=True),
+    ]
+    made.append(reference.compare("a falls by", [1.0, 1.0], 0.5, "none", id="he2024-op-fp"))  # a cell run again
+    table = reference.verdict_table(made)
+    assert list(table.columns) == reference.TABLE and list(table["claim"]) == ["a falls by", "b"]
+    assert table["id"].tolist() == ["he2024-op-fp", ""] and table["n"].tolist() == [2, 3]
+    path = plots.save_table(params.Session("test", "tiny"), "verdicts", table)
+    read = pd.read_csv(path, keep_default_na=False)
+    assert [float(value) for value in read["values"][1].split()] == thirds
+    assert read["ratio"].tolist() == [False, True] and read["paper"][1] == "7 (x)"
+    assert reference.verdict_table([]).columns.tolist() == reference.TABLE

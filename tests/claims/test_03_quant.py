@@ -1,0 +1,122 @@
+"""Every verdict of 03_quant, computed once more from the points of its figure."""
+
+import ast
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FIGURES = ROOT / "figures" / "03_quant"
+T_95 = 0.9 / math.sqrt(2 * 0.95 * 0.05)  # Student's 95% quantile with two degrees of freedom, in closed form
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return pd.read_csv(FIGURES / "gain_and_cost.csv")
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return pd.read_csv(FIGURES / "verdicts.csv", keep_default_na=False).set_index("claim")
+
+
+@pytest.fixture(scope="module")
+def rules():
+    cells = json.loads((ROOT / "notebooks" / "03_quant.ipynb").read_text())["cells"]
+    source = "".join(next(cell["source"] for cell in cells if cell["metadata"].get("tags") == ["parameters"]))
+    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+
+
+def ranks(values):
+    """Ranks from 0; ties, which real values do not have, are an error."""
+    assert len(set(values)) == len(values)
+    return np.argsort(np.argsort(np.asarray(values)))
+
+
+def spearman(first, second):
+    n = len(first)
+    return 1 - 6 * float(((ranks(first) - ranks(second)) ** 2).sum()) / (n * (n**2 - 1))
+
+
+def judged(values, margin, ratio):
+    """Mean, 90% interval and verdict of three values."""
+    values = np.log(values) if ratio else np.asarray(values)
+    assert len(values) == 3
+    reach = T_95 * values.std(ddof=1) / math.sqrt(3)
+    low, middle, high = ((np.exp if ratio else float)(values.mean() + sign * reach) for sign in (-1, 0, 1))
+    if low > margin:
+        return low, middle, high, "holds"
+    if high < margin:
+        return low, middle, high, "does not hold"
+    return low, middle, high, "not testable at this scale: the seeds differ too much"
+
+
+def expected(runs, rules):
+    """claim -> (one value per seed, margin, ratio, why it cannot be judged)."""
+    seeds = sorted(runs["seed"].unique())
+    methods = [method for method in runs["method"].unique() if method != "vanilla"]
+    bits = [column for column in runs.columns if column[0] == "W"]
+
+    def values(method, column):
+        chosen = runs[runs["method"] == method].set_index("seed")[column]
+        return np.array([chosen[seed] for seed in seeds])
+
+    tail = values("vanilla", "tensor kurtosis").mean()
+    none = (
+        "" if tail >= rules["outlier_kurtosis"] else f"vanilla has no outliers to remove (tensor kurtosis {tail:.1f})"
+    )
+    found = {}
+    for method in methods:
+        norm = values("vanilla", "max inf norm") / values(method, "max inf norm")
+        found[f"{method} divides vanilla's max inf norm (resid_post) by"] = norm, rules["factor"], True, none
+        excess = (values("vanilla", "neuron kurtosis") - 1) / (values(method, "neuron kurtosis") - 1)
+        claim = f"{method} divides vanilla's neuron kurtosis - 1 (resid_pre) by"
+        found[claim] = excess, rules["factor"], True, none
+        gain = values("vanilla", "loss") - values(method, "loss")
+        found[f"{method} lowers the full-precision loss (nats) by"] = gain, -rules["fp_cost"], False, ""
+        for width in bits:
+            why = ""
+            if values("vanilla", width).mean() < rules["visible_cost"]:
+                why = f"vanilla loses less than {rules['visible_cost']:g} nats at {width}"
+            share = 1 - values(method, width) / values("vanilla", width)
+            found[f"share of vanilla's {width} cost that {method} saves:"] = share, rules["share_kept"], False, why
+    for measure in ("neuron kurtosis", "tensor kurtosis", "max inf norm"):
+        for width in bits:
+            of_seed = [runs[runs["seed"] == seed] for seed in seeds]
+            order = [spearman(list(one[measure]), list(one[width])) for one in of_seed]
+            claim = f"over methods, the rank correlation of {measure} and {width} cost is"
+            found[claim] = order, rules["rank_margin"], False, ""
+    return found
+
+
+def test_every_verdict_follows_from_the_points_of_the_figure(runs, committed, rules):
+    again = expected(runs, rules)
+    assert set(again) == set(committed.index)
+    for claim, (values, margin, ratio, why) in again.items():
+        row = committed.loc[claim]
+        assert [float(value) for value in row["values"].split()] == pytest.approx(list(values), rel=1e-3, abs=1e-4)
+        *interval, verdict = judged(values, margin, ratio)
+        assert list(row[["low", "ours", "high"]]) == pytest.approx(interval, rel=2e-3, abs=1e-3), claim
+        assert row["verdict"] == (f"not testable at this scale: {why}" if why else verdict), claim
+        assert row["margin"] == margin and row["ratio"] == ratio and row["n"] == len(values)
+
+
+def test_each_paper_claim_is_about_what_its_id_says(committed):
+    methods = {"clipped": "clipped softmax", "gated": "gated attention", "op": "OP"}
+    methods |= {"soap": "vanilla + SOAP", "op-soap": "OP + SOAP"}
+    texts = {
+        "norm": "{} divides vanilla's max inf norm (resid_post) by",
+        "kurtosis": "{} divides vanilla's neuron kurtosis - 1 (resid_pre) by",
+        "w8a8": "share of vanilla's W8A8 cost that {} saves:",
+        "fp": "{} lowers the full-precision loss (nats) by",
+    }
+    claims = {row.id: claim for claim, row in committed.iterrows() if row.id}
+    ranked = claims.pop("he2024-kurtosis-ranks-w8a8")
+    assert ranked == "over methods, the rank correlation of neuron kurtosis and W8A8 cost is"
+    for id, claim in claims.items():
+        method, _, quantity = id.partition("-")[2].rpartition("-")
+        assert claim == texts[quantity].format(methods[method]), id
