@@ -9,21 +9,27 @@ Five floors; a module imports from lower floors only (a test reads the imports).
     floor  module       job
     0      params       scales, the check of parameters, seeds, device, provenance, paths
     0      records      content-addressed records: write, find, refuse
-    1      metrics      outlier metrics, as definitions and as streaming statistics
-    1      attention    softmax, clipped softmax, gates, QK norms
+    0      pool         many tasks in local processes; one that fails costs itself only
+    1      metrics      outlier metrics, as definitions
+    1      streaming    the same metrics over any number of batches, from shared sums
+    1      attention    softmax, clipped softmax, gates, QK norms, rotary positions
+    1      layouts      what the modules of Hugging Face's families are called
     1      optim        AdamW and SOAP, parameter groups, schedule
-    1      reference    the papers' numbers, and `compare` for verdicts
+    1      resume       the state of a broken training, written and read back
+    1      reference    the papers' numbers and claims, and `compare` for verdicts
     1      plots        theme, colours keyed by method, `save`
+    1      hub          checkpoints and data by name and revision, the packaged MiniLM, a stand-in
     2      data         corpora, tokenizer, batches with a cursor
     2      probes       `hooked`, `capture`, `edit`, `measure` at named sites
     2      transformer  one transformer with named sites, by configuration
-    3      families     Hugging Face models into `Transformer`
+    3      families     Hugging Face models into `Transformer`, or with their sites, to be read
     3      quant        quantizers, range estimators, calibration, `quantized`
     3      train        `TrainConfig`, `train`, resume
     4      sweep        many runs: here or in local processes; the notebooks' recipes
+    4      report       the scoreboard: claims, what was measured, verdicts
 
 The recipes (which runs a notebook needs at each scale) are `recipes/*.yaml`, the papers' numbers
-`papers/*.csv`; both are package data.
+`papers/*.csv`, their claims `papers/claims.yaml`; all are package data.
 """
 
 import warnings

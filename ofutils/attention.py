@@ -1,4 +1,4 @@
-"""What attention heads are made of: the softmax and its clipped form, gates, and norms of queries and keys."""
+"""What attention heads are made of: softmax and its clipped form, gates, norms and rotation of queries and keys."""
 
 import math
 from functools import partial
@@ -94,6 +94,22 @@ class QKNorm(nn.Module):
         if self.kind == "layernorm":
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+def rotated(x: Tensor, width: int, base: float) -> Tensor:
+    """Rotary positions: entries i and i + width / 2 of a head turn together by t base^(-2i / width).
+
+    Args:
+        x: (B, H, T, K), queries or keys; position t is the index along T.
+        width: how many of the K entries turn; an even number. The others pass.
+
+    Source: Su et al. 2021, with halves in place of neighbours, as GPT-NeoX has it.
+    """
+    half = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width  # (width / 2,)
+    angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] / base**half  # (T, width / 2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
 def register_clipped_softmax(name: str, gamma: float, zeta: float = 1.0) -> None:

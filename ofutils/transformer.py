@@ -1,22 +1,28 @@
-"""One transformer with named sites, by configuration: the OPT recipe, its remedies, and the OP block."""
+"""One transformer with named sites, by configuration: the OPT recipe, its remedies, the OP block, and the
+forms of BERT, RoBERTa, GPT-2 and GPT-NeoX."""
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ofutils import UserError, params
-from ofutils.attention import GATES, QK_NORMS, Gate, QKNorm, clipped_softmax
+from ofutils.attention import GATES, QK_NORMS, Gate, QKNorm, clipped_softmax, rotated
+
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A decoder-only transformer: OPT by default (pre-LN, ReLU, learned positions, tied head).
+    """A transformer: OPT by default (causal, pre-LN, ReLU, learned positions, tied head).
 
     Clipped softmax: set `gamma` (at most 0), or `alpha` for gamma = -alpha / context. OP block: `norm`
-    none, `qk_norm` layernorm or rmsnorm, `residual_gain` below 1, `final_norm` off.
+    none, `qk_norm` layernorm or rmsnorm, `residual_gain` below 1, `final_norm` off. BERT: `causal` off,
+    `norm_position` post, `activation` gelu, `embed_norm` on, `segments` 2, `head` mlm. GPT-2:
+    `activation` gelu_tanh. GPT-NeoX: `positions` rotary, `parallel` on, `head` untied.
     """
 
     vocab: int = 2048
@@ -40,15 +46,30 @@ class TransformerConfig:
     embed_scale: float = 1.0  # fixed factor on the token embedding
     dropout: float = 0.0  # on both branches, as in OPT; embeddings and attention probabilities have none
     init_std: float = 0.02  # of every matrix and embedding
+    causal: bool = True  # False: every position sees the whole row
+    activation: str = "relu"  # relu | gelu (exact) | gelu_tanh (its approximation)
+    norm_eps: float = 1e-5  # of every LayerNorm but those of qk_norm
+    embed_norm: bool = False  # a LayerNorm on the sum of the embeddings
+    segments: int = 0  # token types
+    positions: str = "learned"  # learned | rotary
+    skip_padding: bool = True  # learned positions count tokens only (OPT, RoBERTa), not padding (BERT, GPT-2)
+    rotary_share: float = 1.0  # of each head's width, from its start
+    rotary_base: float = 10000.0
+    parallel: bool = False  # attention and MLP both read the block's input, each through its own norm
+    head: str = "tied"  # tied | untied | mlm (dense, activation, norm, tied with a bias) | none
 
     def __post_init__(self):
         _one_of("norm", self.norm, ("layernorm", "none"))
         _one_of("norm_position", self.norm_position, ("pre", "post"))
         _one_of("gate", self.gate, GATES)
         _one_of("qk_norm", self.qk_norm, QK_NORMS)
-        for name in ("mlp_width", "embed_width"):
+        _one_of("activation", self.activation, tuple(ACTIVATIONS))
+        _one_of("positions", self.positions, ("learned", "rotary"))
+        _one_of("head", self.head, ("tied", "untied", "mlm", "none"))
+        for name in ("mlp_width", "embed_width", "segments"):
             params.require(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
-        params.require(self.init_std > 0, f"init_std must be positive, got {self.init_std}")
+        for name in ("init_std", "norm_eps", "rotary_base"):
+            params.require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("vocab", "layers", "width", "heads", "context", "gate_hidden"):
             params.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         params.require(self.width % self.heads == 0, f"width {self.width} does not split into {self.heads} heads")
@@ -58,6 +79,12 @@ class TransformerConfig:
         params.require(self.zeta >= 1, f"zeta must be at least 1, got {self.zeta}")
         params.require(0 < self.pi_init < 1, f"pi_init must lie between 0 and 1, got {self.pi_init}")
         params.require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
+        params.require(not (self.parallel and self.norm_position == "post"), "parallel needs norm_position pre")
+        params.require(0 < self.rotary_share <= 1, f"rotary_share must lie in (0, 1], got {self.rotary_share}")
+        pairs = self.positions == "learned" or (self.rotary_width >= 2 and self.rotary_width % 2 == 0)
+        params.require(
+            pairs, f"rotary positions turn pairs: rotary_share gives {self.rotary_width} entries of a head"
+        )
 
     @property
     def clip_gamma(self) -> float:
@@ -69,6 +96,11 @@ class TransformerConfig:
         """Whether attention clips its softmax."""
         return self.clip_gamma < 0 or self.zeta > 1
 
+    @property
+    def rotary_width(self) -> int:
+        """How many of the K entries of a head turn with the position; 0 without rotary positions."""
+        return int(self.rotary_share * (self.width // self.heads)) if self.positions == "rotary" else 0
+
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     near = params.suggest(value, known)
@@ -76,17 +108,16 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with every tensor of its computation as a site."""
+    """Self-attention with every tensor of its computation as a site."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        head_width = config.width // config.heads
+        head_width, normed = config.width // config.heads, config.qk_norm != "none"
         self.q = nn.Linear(config.width, config.width)
         self.k = nn.Linear(config.width, config.width)
         self.v = nn.Linear(config.width, config.width)
         self.attn_out = nn.Linear(config.width, config.width)
-        normed = config.qk_norm != "none"
         self.q_norm = QKNorm(config.qk_norm, head_width) if normed else nn.Identity()
         self.k_norm = QKNorm(config.qk_norm, head_width) if normed else nn.Identity()
         self.gate = None
@@ -94,37 +125,47 @@ class Attention(nn.Module):
             self.gate = Gate(config.gate, config.heads, head_width, config.gate_hidden, config.pi_init)
         self.scores, self.probs, self.context, self.gated = (nn.Identity() for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); `visible` (B, 1, T, T) says which keys a query sees, by default as configured."""
         q, k, v = (  # each (B, H, T, K)
             part.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for part in (self.q(x), self.k(x), self.v(x))
         )
-        context = self._mix(self.q_norm(q), self.k_norm(k), v)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if turned := self.config.rotary_width:
+            q, k = (rotated(part, turned, self.config.rotary_base) for part in (q, k))
+        context = self._mix(q, k, v, visible)
         context = self.context(context.transpose(1, 2).flatten(2))  # (B, T, D)
         if self.gate is not None:
             context = (context.unflatten(-1, (self.config.heads, -1)) * self.gate(x)[..., None]).flatten(2)
         return self.attn_out(self.gated(context))
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         watched = self.scores._forward_hooks or self.probs._forward_hooks
+        plain_causal = self.config.causal and visible is None
         if not watched and not self.config.clipped:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=plain_causal)
         with torch.autocast(q.device.type, enabled=False):  # scores in float32, as in the fused path
             exact = torch.promote_types(q.dtype, torch.float32)
             scores = q.to(exact) * q.shape[-1] ** -0.5 @ k.to(exact).transpose(-1, -2)  # (B, H, T, T)
         scores = self.scores(scores)
-        length = scores.shape[-1]
-        future = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
+        if plain_causal:
+            visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()  # (T, T)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
         return self.probs(clipped_softmax(scores, self.config.clip_gamma, self.config.zeta)).to(v.dtype) @ v
 
 
 class Block(nn.Module):
-    """One transformer block, with its norms before (pre), after (post) or nowhere (OP)."""
+    """One transformer block, with its norms before (pre), after (post) or nowhere (OP).
+
+    In the parallel form both branches read the block's input and are added to it at once. The sum without
+    the MLP is then never formed: there is no site `resid_mid`.
+    """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.post = config.norm_position == "post"
+        self.post, self.parallel = config.norm_position == "post", config.parallel
+        self.activation = ACTIVATIONS[config.activation]
         hidden = config.mlp_width or 4 * config.width
         self.attention = Attention(config)
         self.norm1, self.norm2 = _norm(config), _norm(config)
@@ -137,14 +178,15 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.resid_pre, self.resid_mid, self.mlp_in, self.mlp_act, self.resid_post = (nn.Identity() for _ in range(5))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D): the next block's `resid_pre`."""
-        x = self.resid_pre(x)
-        branch = self.attention(x if self.post else self.norm1(x))
-        x = self.resid_mid(x + self._scaled(branch, self.attn_gain))
+        start = x = self.resid_pre(x)
+        branch = self.attention(x if self.post else self.norm1(x), visible)
+        x = x + self._scaled(branch, self.attn_gain)
+        x = x if self.parallel else self.resid_mid(x)
         x = self.norm1(x) if self.post else x
-        hidden = self.mlp_in(x if self.post else self.norm2(x))
-        branch = self.mlp_out(self.mlp_act(F.relu(self.mlp_fc(hidden))))
+        hidden = self.mlp_in(x if self.post else self.norm2(start if self.parallel else x))
+        branch = self.mlp_out(self.mlp_act(self.activation(self.mlp_fc(hidden))))
         x = self.resid_post(x + self._scaled(branch, self.mlp_gain))
         return self.norm2(x) if self.post else x
 
@@ -155,21 +197,50 @@ class Block(nn.Module):
     def sites(self) -> dict[str, nn.Module]:
         """Site name -> module, in the order of computation (pre-norm)."""
         inner = ("q", "k", "v", "q_norm", "k_norm", "scores", "probs", "context", "gated", "attn_out")
-        outer = ("resid_mid", "norm2", "mlp_in", "mlp_act", "mlp_out", "resid_post")
+        middle = () if self.parallel else ("resid_mid",)
+        outer = (*middle, "norm2", "mlp_in", "mlp_act", "mlp_out", "resid_post")
         sites = {"resid_pre": self.resid_pre, "norm1": self.norm1}
         sites |= {name: getattr(self.attention, name) for name in inner}
         return sites | {name: getattr(self, name) for name in outer}
 
 
+class Head(nn.Module):
+    """The last hidden state (B, T, D) -> logits (B, T, V), with the token embedding's matrix or its own.
+
+    `mlm` is BERT's: dense, activation and norm come first, and each token has a bias.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        width, mlm = config.embed_width or config.width, config.head == "mlm"
+        self.activation = ACTIVATIONS[config.activation]
+        self.dense = nn.Linear(width, width) if mlm else None
+        self.norm = nn.LayerNorm(width, config.norm_eps) if mlm else None
+        self.weight = nn.Parameter(torch.empty(config.vocab, width)) if config.head == "untied" else None
+        self.bias = nn.Parameter(torch.zeros(config.vocab)) if mlm else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(B, T, D) and (V, D) -> (B, T, V)."""
+        if self.dense is not None:
+            x = self.norm(self.activation(self.dense(x)))
+        return F.linear(x, embedding if self.weight is None else self.weight, self.bias)
+
+
 class Transformer(nn.Module):
     """Token ids (B, T) -> logits (B, T, V), with a module at every tensor that a paper names.
 
-    Sites: `embed_tokens` (scaled), `embed_sum` (with positions); per block `resid_pre`, `norm1`, `q`,
-    `k`, `v` (before scaling and norm), `q_norm`, `k_norm`, `scores` (scaled, before the mask), `probs`,
-    `context` (before the gate), `gated`, `attn_out` (before the gain), `resid_mid`, `norm2`, `mlp_in`,
-    `mlp_act` (after the ReLU), `mlp_out`, `resid_post` (the sums; in post-LN they stand before the
-    norms); then `norm_final`, `logits`; `project_in` and `project_out` where the embedding is narrower.
-    There is no `embed_norm`.
+    Sites: `embed_tokens` (scaled), `project_in` (where the embedding is narrower), `embed_segments` (token
+    types), `embed_typed` (tokens and token types), `embed_positions` ((T, D), or (B, T, D) where they depend
+    on the padding), `embed_sum`, `embed_norm`; per block `resid_pre`, `norm1`, `q`, `k`, `v` (before scaling,
+    norm and rotation), `q_norm`, `k_norm`, `scores` (scaled, before the mask), `probs`, `context` (before
+    the gate), `gated`, `attn_out` (before the gain), `resid_mid`, `norm2`, `mlp_in`, `mlp_act` (after the
+    activation), `mlp_out`, `resid_post` (the sums; in post-LN they stand before the norms); then
+    `norm_final`, `project_out`, `logits`.
+
+    What a form does not compute is no site of it: `embed_segments`, `embed_typed` and `embed_norm` unless configured,
+    `embed_positions` with rotary positions, `resid_mid` with parallel branches, `logits` with `head` none,
+    whose output is the last hidden state (B, T, D). A norm that is configured away passes its input on and
+    keeps its site; so does `norm_final` in post-LN, where it is the last block's `norm2`.
     While neither `scores` nor `probs` is watched, plain attention takes the fused path.
     """
 
@@ -178,14 +249,20 @@ class Transformer(nn.Module):
         self.config = config
         embed_width = config.embed_width or config.width
         narrow = embed_width != config.width
+        learned = config.positions == "learned"
         self.token_embedding = nn.Embedding(config.vocab, embed_width)
-        self.position_embedding = nn.Embedding(config.context, config.width)
-        self.project_in = nn.Linear(embed_width, config.width, bias=False) if narrow else nn.Identity()
+        self.position_embedding = nn.Embedding(config.context, config.width) if learned else None
+        self.segment_embedding = nn.Embedding(config.segments, config.width) if config.segments else None
+        self.project_in = nn.Linear(embed_width, config.width, bias=False) if narrow else None
+        self.embed_norm = nn.LayerNorm(config.width, config.norm_eps) if config.embed_norm else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        last = config.final_norm and config.norm_position == "pre"
-        self.norm_final = _norm(config) if last else nn.Identity()
-        self.project_out = nn.Linear(config.width, embed_width, bias=False) if narrow else nn.Identity()
-        self.embed_tokens, self.embed_positions, self.embed_sum, self.logits = (nn.Identity() for _ in range(4))
+        self.norm_final = _norm(config) if config.final_norm and config.norm_position == "pre" else nn.Identity()
+        self.project_out = nn.Linear(config.width, embed_width, bias=False) if narrow else None
+        self.head = Head(config) if config.head != "none" else None
+        self.embed_tokens, self.embed_sum = nn.Identity(), nn.Identity()
+        self.embed_segments, self.embed_typed = (nn.Identity() if config.segments else None for _ in range(2))
+        self.embed_positions = nn.Identity() if learned else None
+        self.logits = nn.Identity() if self.head is not None else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -196,31 +273,76 @@ class Transformer(nn.Module):
                 module.weight.normal_(0, self.config.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
+        if self.head is not None and self.head.weight is not None:
+            self.head.weight.normal_(0, self.config.init_std)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, V). Raises UserError where T exceeds the context."""
-        length = ids.shape[1]
-        if length > self.config.context:
-            raise UserError(f"a row of {length} tokens does not fit the context of {self.config.context}")
-        tokens = self.embed_tokens(self.token_embedding(ids) * self.config.embed_scale)
-        positions = self.embed_positions(self.position_embedding.weight[:length])
-        x = self.embed_sum(self.project_in(tokens) + positions)  # (B, T, D)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """(B, T) int64 -> (B, T, V), or (B, T, D) without a head.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, T), 1 where there is a token and 0 where there is padding. No token sees
+                padding; a padding position sees itself too, so that its output, which means nothing, is finite.
+            token_type_ids: (B, T), the segment of each token; 0 everywhere by default.
+
+        Raises:
+            UserError: T exceeds the context, a mask of another shape, or segments in a model without them.
+        """
+        length, longest = input_ids.shape[1], self.config.context
+        params.require(length <= longest, f"a row of {length} tokens does not fit the context of {longest}")
+        fits = attention_mask is None or attention_mask.shape == input_ids.shape
+        params.require(fits, f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}")
+        x = self._embedded(input_ids, attention_mask, token_type_ids)  # (B, T, D)
+        visible = None if attention_mask is None else self._visible(attention_mask.bool())
         for block in self.blocks:
-            x = block(x)
-        x = self.project_out(self.norm_final(x))
-        return self.logits(F.linear(x, self.token_embedding.weight))
+            x = block(x, visible)
+        x = self.norm_final(x)
+        x = x if self.project_out is None else self.project_out(x)  # (B, T, embed_width)
+        return x if self.head is None else self.logits(self.head(x, self.token_embedding.weight))
+
+    def _embedded(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
+        x = self.embed_tokens(self.token_embedding(ids) * self.config.embed_scale)
+        x = x if self.project_in is None else self.project_in(x)  # (B, T, D)
+        if self.segment_embedding is not None:
+            segments = torch.zeros_like(ids) if segments is None else segments
+            x = self.embed_typed(x + self.embed_segments(self.segment_embedding(segments)))
+        elif segments is not None and segments.any():
+            raise UserError("token types other than 0 for a model without segments: leave token_type_ids out")
+        if self.position_embedding is not None:
+            positions = self.position_embedding.weight[: ids.shape[1]]  # (T, D)
+            if mask is not None and self.config.skip_padding:
+                positions = self.position_embedding((mask.long().cumsum(1) - 1).clamp(min=0))  # (B, T, D)
+            x = x + self.embed_positions(positions)
+        x = self.embed_sum(x)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+    def _visible(self, mask: Tensor) -> Tensor:
+        visible = mask[:, None, None, :]  # (B, 1, 1, T): keys
+        if self.config.causal:
+            visible = visible & mask.new_ones(mask.shape[1], mask.shape[1]).tril()
+        return visible | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)  # (B, 1, T, T)
 
     def sites(self) -> dict[str, nn.Module]:
         """Site name -> the module whose output it is, in the order of computation."""
-        narrow = isinstance(self.project_in, nn.Linear)
-        start = ["embed_tokens", *(["project_in"] if narrow else []), "embed_positions", "embed_sum"]
-        end = ["norm_final", *(["project_out"] if narrow else []), "logits"]
+        first = (
+            "embed_tokens",
+            "project_in",
+            "embed_segments",
+            "embed_typed",
+            "embed_positions",
+            "embed_sum",
+            "embed_norm",
+        )
         blocks = {f"blocks.{i}.{n}": m for i, block in enumerate(self.blocks) for n, m in block.sites().items()}
-        return {n: getattr(self, n) for n in start} | blocks | {n: getattr(self, n) for n in end}
+        sites = {n: getattr(self, n) for n in first} | blocks
+        sites |= {n: getattr(self, n) for n in ("norm_final", "project_out", "logits")}
+        return {name: module for name, module in sites.items() if module is not None}
 
 
 def _norm(config: TransformerConfig) -> nn.Module:
-    return nn.LayerNorm(config.width) if config.norm == "layernorm" else nn.Identity()
+    return nn.LayerNorm(config.width, config.norm_eps) if config.norm == "layernorm" else nn.Identity()
 
 
 def clm_loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -10,11 +10,27 @@ from conftest import METHODS, SMALL
 from ofutils import UserError
 from ofutils.attention import Gate, QKNorm, clipped_softmax
 from ofutils.probes import capture, edit, measure, resolve
-from ofutils.transformer import Block, Transformer, TransformerConfig, clm_loss
+from ofutils.transformer import Block, Transformer, TransformerConfig, clm_loss, rotated
+
+FORMS = METHODS | {
+    "BERT": {
+        "norm_position": "post", "causal": False, "activation": "gelu", "embed_norm": True, "segments": 2,
+        "head": "mlm",
+    },
+    "GPT-2": {"activation": "gelu_tanh", "skip_padding": False},
+    "GPT-NeoX": {
+        "positions": "rotary", "rotary_share": 0.25, "parallel": True, "head": "untied", "activation": "gelu",
+    },
+    "rotary, with QK norm": {"positions": "rotary", "qk_norm": "layernorm"},
+    "parallel OP": {"parallel": True, "norm": "none", "residual_gain": 0.2},
+    "encoder": {"causal": False, "head": "none"},
+    "clipped encoder": {"causal": False, "alpha": 0.5},
+    "gated encoder": {"causal": False, "gate": "linear"},
+}  # fmt: skip
 
 
 def build(method="vanilla", **more):
-    return Transformer(dataclasses.replace(SMALL, **METHODS[method], **more)).eval()
+    return Transformer(dataclasses.replace(SMALL, **FORMS[method], **more)).eval()
 
 
 def ids(batch=3, length=16):
@@ -157,12 +173,92 @@ def test_no_position_sees_the_future(method):
         assert not torch.allclose(model(rows)[:, 9:], model(changed)[:, 9:])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FORMS)
 def test_every_parameter_gets_a_gradient(method):
     model = build(method)
-    clm_loss(model(ids()), ids()).backward()
+    model(ids()).square().mean().backward()
     still = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not still
+
+
+@pytest.mark.parametrize("method", [name for name, form in FORMS.items() if not form.get("causal", True)])
+def test_every_position_of_an_encoder_sees_the_future(method):
+    model, rows = build(method), ids()
+    changed = rows.clone()
+    changed[:, 15] = (rows[:, 15] + 1) % SMALL.vocab
+    with torch.no_grad():
+        assert ((model(rows) - model(changed)).abs().amax(-1) > 0)[:, :15].all()
+
+
+@pytest.mark.parametrize("method", FORMS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_token(method, side):
+    model = build(method)
+    if side == "left" and not model.config.skip_padding:
+        return  # its positions count the padding too
+    short, blank = ids(2, 10), torch.full((2, 6), 7)
+    rows = torch.cat([blank, short] if side == "left" else [short, blank], 1)
+    mask = (torch.arange(16) >= 6 if side == "left" else torch.arange(16) < 10).long().expand(2, -1)
+    with torch.no_grad():
+        plain, padded = model(short), model(rows, mask)
+        with capture(model, "probs") as seen:
+            watched = model(rows, mask)
+    assert padded.isfinite().all()
+    torch.testing.assert_close(padded[mask.bool()].view_as(plain), plain, rtol=0, atol=2e-6)
+    torch.testing.assert_close(watched, padded, rtol=0, atol=2e-6)
+    for probs in seen.values():
+        real = mask.bool()
+        assert probs.masked_select(real[:, None, :, None] & ~real[:, None, None]).abs().max() == 0
+
+
+def test_a_mask_without_padding_changes_nothing_and_one_of_another_shape_is_an_error():
+    for method in ("vanilla", "BERT", "GPT-NeoX"):
+        model = build(method)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids(), torch.ones(3, 16)), model(ids()), rtol=0, atol=2e-6)
+        with pytest.raises(UserError, match="attention_mask must have the shape of input_ids, .3, 16."):
+            model(ids(), torch.ones(3, 15))
+
+
+def test_without_a_mask_attention_takes_the_fused_causal_path(monkeypatch):
+    seen = []
+
+    def fused(q, k, v, attn_mask=None, is_causal=False):
+        seen.append((attn_mask is None, is_causal))
+        return v
+
+    monkeypatch.setattr("ofutils.transformer.F.scaled_dot_product_attention", fused)
+    build(layers=1)(ids())
+    build(layers=1)(ids(), torch.ones(3, 16))
+    build("BERT", layers=1)(ids())
+    assert seen == [(True, True), (False, False), (True, False)]
+
+
+def test_rotary_scores_depend_on_the_distance_alone_and_what_does_not_turn_passes():
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    q, k = q.expand(1, 1, 12, 8), k.expand(1, 1, 12, 8)  # the same at every position
+    scores = rotated(q, 6, 100.0) @ rotated(k, 6, 100.0).transpose(-1, -2)
+    for distance in range(-11, 12):
+        diagonal = scores[0, 0].diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-6)
+    assert scores[0, 0, 0].std() > 0.01
+    turned = rotated(q, 6, 100.0)
+    assert torch.equal(turned[..., 6:], q[..., 6:]) and torch.equal(turned[:, :, 0], q[:, :, 0])
+    torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1))
+
+
+def test_token_types_shift_the_embedding():
+    model, types = build("BERT"), torch.ones(3, 16, dtype=torch.long)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids(), None, 0 * types), model(ids()), rtol=0, atol=0)
+        with capture(model, ["embed_*"]) as seen:
+            model(ids(), token_type_ids=types)
+    torch.testing.assert_close(seen["embed_segments"], model.segment_embedding.weight[1].expand(3, 16, -1))
+    parts = seen["embed_tokens"] + seen["embed_segments"] + seen["embed_positions"]
+    torch.testing.assert_close(seen["embed_sum"], parts)
+    torch.testing.assert_close(seen["embed_norm"], model.embed_norm(parts))
+    with pytest.raises(UserError, match="token types other than 0 for a model without segments"):
+        build()(ids(), None, types)
 
 
 def test_alpha_is_gamma_over_the_context_and_both_at_once_is_an_error():
@@ -181,6 +277,13 @@ def test_alpha_is_gamma_over_the_context_and_both_at_once_is_an_error():
         ({"gamma": 0.1}, "gamma must be at most 0"),
         ({"pi_init": 1.0}, "pi_init must lie between"),
         ({"layers": 0}, "layers must be at least 1"),
+        ({"activation": "gleu"}, "unknown activation 'gleu' .did you mean 'gelu'"),
+        ({"positions": "alibi"}, "unknown positions 'alibi'"),
+        ({"head": "lm"}, "unknown head 'lm'"),
+        ({"norm_eps": 0.0}, "norm_eps must be positive"),
+        ({"rotary_share": 1.5}, "rotary_share must lie in"),
+        ({"positions": "rotary", "rotary_share": 0.1}, "rotary_share gives 3 entries of a head"),
+        ({"parallel": True, "norm_position": "post"}, "parallel needs norm_position pre"),
     ],
 )
 def test_bad_configurations_are_one_clear_line(bad, message):
@@ -196,7 +299,7 @@ def test_a_row_beyond_the_context_is_an_error():
 # ------------------------------------------------------------------------------------ sites
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FORMS)
 def test_watching_every_site_changes_nothing_and_each_site_fires(method):
     model = build(method)
     with torch.no_grad():
@@ -220,6 +323,36 @@ def test_sites_hold_what_their_names_say():
     assert seen[b + "scores"].isfinite().all()  # before the mask
     torch.testing.assert_close(seen[b + "probs"].sum(-1), torch.ones(3, 2, 16))
     torch.testing.assert_close(seen["logits"], logits)
+
+
+def test_parallel_branches_both_read_the_blocks_input():
+    model = build("GPT-NeoX")
+    with capture(model, "*") as seen, torch.no_grad():
+        model(ids())
+    for b in ("blocks.0.", "blocks.1."):
+        parts = seen[b + "resid_pre"] + seen[b + "attn_out"] + seen[b + "mlp_out"]
+        torch.testing.assert_close(seen[b + "resid_post"], parts)
+        assert b + "resid_mid" not in seen
+        block = model.get_submodule(b[:-1])
+        torch.testing.assert_close(seen[b + "norm2"], block.norm2(seen[b + "resid_pre"]))
+
+
+def test_sites_of_a_post_norm_encoder_and_of_its_head():
+    model = build("BERT")
+    with capture(model, "*") as seen, torch.no_grad():
+        logits = model(ids())
+    torch.testing.assert_close(seen["blocks.0.resid_pre"], seen["embed_norm"])
+    torch.testing.assert_close(seen["blocks.1.resid_pre"], model.blocks[0].norm2(seen["blocks.0.resid_post"]))
+    torch.testing.assert_close(seen["norm_final"], seen["blocks.1.norm2"])
+    hidden = model.head.norm(nn.functional.gelu(model.head.dense(seen["norm_final"])))
+    torch.testing.assert_close(logits, hidden @ model.token_embedding.weight.T + model.head.bias)
+
+
+def test_without_a_head_the_output_is_the_last_hidden_state():
+    model = build("encoder")
+    assert "logits" not in model.sites()
+    with capture(model, "norm_final") as seen, torch.no_grad():
+        torch.testing.assert_close(model(ids()), seen["norm_final"], rtol=0, atol=0)
 
 
 def test_edit_puts_a_tensor_in_the_sites_place_and_leaves_no_trace():
@@ -273,36 +406,6 @@ def test_a_site_that_is_never_computed_is_an_error():
 
 
 # ------------------------------------------------------------------------------------ families
-
-
-@pytest.mark.parametrize("form", ["125m", "350m"])
-def test_from_hf_equals_opt(form):
-    from transformers import OPTConfig, OPTForCausalLM
-
-    from ofutils.families import from_hf
-
-    special = (
-        {"do_layer_norm_before": False, "word_embed_proj_dim": 16} if form == "350m" else {"word_embed_proj_dim": 32}
-    )
-    config = OPTConfig(
-        vocab_size=99, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=24, init_std=0.2, **special,
-    )  # fmt: skip
-    theirs = OPTForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-        rows = torch.randint(0, 99, (2, 20))
-        torch.testing.assert_close(from_hf(theirs)(rows), theirs(rows).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_from_hf_refuses_what_it_does_not_know():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from ofutils.families import from_hf
-
-    with pytest.raises(UserError, match="no conversion for GPT2LMHeadModel; known: OPTForCausalLM"):
-        from_hf(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=20)))
 
 
 def test_clipped_softmax_registered_with_transformers_equals_ours():
