@@ -4,11 +4,14 @@ A corpus is a list of documents, split by a fixed hash of each document's name i
 validation; its sha256 names it in every record. The default is the Python standard library's own source.
 """
 
+import ast
 import hashlib
 import os
 import site
 import sys
 import sysconfig
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -215,6 +218,40 @@ def _encode(tokenizer, texts: list[str], vocab: int) -> np.ndarray:
     end = tokenizer.token_to_id(_END)
     rows = [np.array([*row.ids, end], dtype) for row in tokenizer.encode_batch(texts)]
     return np.concatenate(rows)
+
+
+def docstrings(corpus: Corpus, longest: int = 200) -> list[str]:
+    """The first sentences of the docstrings in a corpus of Python source: plain English that every machine has.
+
+    Args:
+        longest: in characters; longer and very short ones (under five words) are left out.
+
+    Returns:
+        Each sentence once, in the order of the corpus.
+    """
+    found = {}
+    for _, text in corpus.documents:
+        with suppress(SyntaxError, ValueError, RecursionError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the source that is read
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                    paragraph = (ast.get_docstring(node) or "").partition("\n\n")[0]
+                    found[" ".join(paragraph.split()).partition(". ")[0]] = None
+    return [one for one in found if len(one) <= longest and len(one.split()) >= 5]
+
+
+def encode(tokenizer, corpus: Corpus) -> np.ndarray:
+    """A corpus, both splits, in the tokens of somebody else's model: one row of ids, documents one after the other.
+
+    Args:
+        tokenizer: of transformers.
+
+    Returns:
+        (N,) int64. No special tokens are added.
+    """
+    texts = [text for _, text in corpus.documents]
+    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return np.concatenate([np.array(row, np.int64) for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------------

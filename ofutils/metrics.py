@@ -172,3 +172,21 @@ def attention_entropy(probs: Tensor) -> Tensor:
     Source: he2024, Eq 10.
     """
     return torch.special.entr(probs.double()).sum(-1).mean()
+
+
+def similarity_agreement(a: Tensor, b: Tensor) -> float:
+    """Whether two embeddings of the same sentences rank their pairs alike: Spearman's correlation of pair cosines.
+
+    Args:
+        a, b: (S, D) each, one row per sentence; three sentences or more.
+
+    Returns:
+        In [-1, 1]; 1 when every pair keeps its rank. Ties get their mean rank.
+    """
+    ranks = []
+    for embeddings in (a, b):
+        directions = torch.nn.functional.normalize(embeddings.double(), dim=-1)
+        above = torch.ones(len(a), len(a), dtype=torch.bool, device=a.device).triu(1)
+        _, place, count = (directions @ directions.T)[above].unique(return_inverse=True, return_counts=True)
+        ranks.append((count.cumsum(0) - (count - 1) / 2)[place])  # (S (S - 1) / 2,)
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])

@@ -8,6 +8,7 @@ a name, the bare name `resid_post` (in every block), or a glob such as `blocks.[
     capture(model, patterns)           a dictionary that fills with the tensors of the next forward pass
     edit(model, patterns, function)    replace the tensor at every matching site
     measure(model, batches, patterns)  the one evaluation loop: loss and statistics per site
+    embed(model, batches)              one vector per row
 
 A batch is a tensor, the model's first argument, or a mapping of its arguments such as a tokenizer gives;
 `attention_mask` in it says which tokens are padding.
@@ -170,8 +171,28 @@ def measure(
     return Measurement(sum(losses) / len(losses), statistics)
 
 
+@torch.no_grad()
+def embed(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+    """One vector per row: the mean over its tokens of the model's output, padding left out.
+
+    Args:
+        model: without a head, so that its output is the last hidden state (B, T, D).
+
+    Returns:
+        (rows, D) float32 on the CPU.
+    """
+    found = []
+    for batch in batches:
+        output = run(model, batch)
+        mask = None if torch.is_tensor(batch) else batch.get("attention_mask")
+        weight = torch.ones_like(output[..., 0]) if mask is None else mask.to(output)  # (B, T)
+        found.append(((output * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)).float().cpu())
+    return torch.cat(found)
+
+
 def run(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's output on a batch."""
+    """The model's output on a batch, which is moved to the model's device."""
+    batch, _ = _moved(batch, next(model.parameters()).device)
     return model(batch) if torch.is_tensor(batch) else model(**batch)
 
 

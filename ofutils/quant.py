@@ -1,7 +1,8 @@
 """Simulated post-training quantization: quantizers, range estimators, calibration, and the context.
 
-Uniform, per tensor, static ranges; symmetric weights, asymmetric activations (bondarenko2023, section 5,
-and he2024, Table 2). Values stay floating point: what is simulated is the rounding. The head, the biases
+Uniform; symmetric weights, one range per tensor, and asymmetric activations: one static range per tensor as
+in the papers (bondarenko2023, section 5, and he2024, Table 2), or, to see where the damage comes from, one
+per channel or per token. Values stay floating point: what is simulated is the rounding. The head, the biases
 and the gates stay in full precision, as in the authors' runs (`fp32_head`).
 """
 
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ofutils import UserError, params
-from ofutils.probes import hooked
+from ofutils.attention import QKNorm
+from ofutils.probes import Batch, hooked, run
 from ofutils.transformer import Transformer
 
 SCHEMES = ("symmetric", "asymmetric")
 ESTIMATORS = ("minmax", "mse")
-Ends = tuple[Tensor, Tensor]  # (low, high) of a range, 0-d
+GRANULARITIES = ("tensor", "channel", "token")
+Ends = tuple[Tensor, Tensor]  # (low, high) of a range: 0-d, or one per channel or token
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def make_grid(low, high, bits: int, scheme: str, like: Tensor | None = None) -> 
     scale = max(-low, high) / (2^(b-1) - 1), one without takes [0, 2^b - 1], unsigned.
 
     Args:
-        low, high: numbers or 0-d tensors; in x's units.
+        low, high: numbers or tensors, in x's units: 0-d, or (asymmetric only) of a shape that broadcasts with x.
         bits: 2 to 16.
         scheme: `symmetric` or `asymmetric`.
         like: a tensor whose dtype and device the grid takes; float32 otherwise.
@@ -73,12 +76,21 @@ def make_grid(low, high, bits: int, scheme: str, like: Tensor | None = None) -> 
 
 
 # ---------------------------------------------------------------------------------------------------
-# range estimators: each returns (low, high), 0-d tensors
+# range estimators: each returns (low, high)
 
 
-def minmax_range(x: Tensor) -> Ends:
-    """The smallest and the largest entry, in the dtype of x."""
-    low, high = torch.aminmax(x.detach())
+def minmax_range(x: Tensor, granularity: str = "tensor") -> Ends:
+    """The smallest and the largest entry, in the dtype of x.
+
+    Args:
+        granularity: of all of x (0-d), of each `channel`, an entry of the last axis (D,), or of each `token`
+            (..., 1).
+    """
+    if granularity == "token":
+        return torch.aminmax(x.detach(), dim=-1, keepdim=True)
+    low, high = (
+        torch.aminmax(x.detach()) if granularity == "tensor" else torch.aminmax(x.detach().flatten(0, -2), dim=0)
+    )
     return low, high
 
 
@@ -124,19 +136,21 @@ def mse_range(x: Tensor, bits: int, scheme: str, margin: float = 0.5) -> Ends:
 class RunningRange:
     """A range that follows its batches: the first sets it, later ones move it by 1 - momentum.
 
-    With `percentile` below 100 the ends are percentiles instead of the extremes. No bias correction: of
-    16 batches at momentum 0.9 the first weighs 0.9^15 = 0.21.
+    With `percentile` below 100 the ends are percentiles instead of the extremes; with granularity `channel`
+    every channel has its own. No bias correction: of 16 batches at momentum 0.9 the first weighs 0.9^15 = 0.21.
 
     Source: bondarenko2023, section 5 (running min-max of activations), as its released code does it.
     """
 
     momentum: float = 0.9
     percentile: float = 100.0
+    granularity: str = "tensor"
     ends: Ends | None = None
 
     def update(self, x: Tensor) -> Ends:
         """Take in one batch; returns the range so far."""
-        new = minmax_range(x) if self.percentile == 100 else percentile_range(x, self.percentile)
+        whole = self.percentile == 100
+        new = minmax_range(x, self.granularity) if whole else percentile_range(x, self.percentile)
         if self.ends is not None:
             pairs = zip(new, self.ends, strict=True)
             new = tuple((1 - self.momentum) * now + self.momentum * before for now, before in pairs)
@@ -171,6 +185,14 @@ def fake_quantize(
 # models
 
 
+_NORMS = ("embed_norm", "norm1", "norm2", "norm_final", "q_norm", "k_norm")
+_ACTIVATIONS = frozenset(
+    {"project_in", "embed_typed", "embed_sum", "q", "k", "v", "scores", "probs", "context", "gated", "attn_out"}
+    | {"resid_mid", "mlp_act", "mlp_out", "resid_post", "project_out"}
+)
+_NO_CHANNELS = ("scores", "probs")  # their last axis is keys: per channel means per tensor there
+
+
 @dataclass(frozen=True)
 class QuantSettings:
     """How a model is quantized. The defaults are the paper's OPT setting, without percentiles."""
@@ -182,8 +204,19 @@ class QuantSettings:
     momentum: float = 0.9  # of the running ranges of activations
     percentile: float = 100.0  # of activations; 100 is min-max
     batches: int = 16  # calibration batches
+    granularity: str = "tensor"  # of activations: tensor | channel (both static) | token (each from its own values)
+    skip: tuple[str, ...] = ()  # activations left in full precision, such as the residual sums resid_mid, resid_post
 
     def __post_init__(self):
+        if self.granularity not in GRANULARITIES:
+            near = params.suggest(self.granularity, GRANULARITIES)
+            raise UserError(f"unknown granularity {self.granularity!r}{near}; known: {', '.join(GRANULARITIES)}")
+        params.require(self.granularity == "tensor" or self.percentile == 100, "percentiles are per tensor only")
+        for kind in self.skip:
+            if kind not in (known := sorted(_ACTIVATIONS | set(_NORMS))):
+                raise UserError(
+                    f"skip: no activation {kind!r}{params.suggest(kind, known)}; known: {', '.join(known)}"
+                )
         if self.weights not in ESTIMATORS:
             raise UserError(f"unknown weights {self.weights!r}; known: {', '.join(ESTIMATORS)}")
         for bits in (self.weight_bits, self.activation_bits):
@@ -194,26 +227,21 @@ class QuantSettings:
 
     @property
     def label(self) -> str:
-        """`W8A8` and the like."""
-        return f"W{self.weight_bits}A{self.activation_bits}"
+        """`W8A8` and the like, with what is not per tensor or left out."""
+        fine = "" if self.granularity == "tensor" else f" per {self.granularity}"
+        return f"W{self.weight_bits}A{self.activation_bits}{fine}" + "".join(f" -{kind}" for kind in self.skip)
 
 
 Ranges = dict[str, Ends]
 
-_NORMS = ("norm1", "norm2", "norm_final", "q_norm", "k_norm")
-_ACTIVATIONS = frozenset(
-    {"project_in", "embed_sum", "q", "k", "v", "scores", "probs", "context", "attn_out"}
-    | {"resid_mid", "mlp_act", "mlp_out", "resid_post", "project_out"}
-)
-_EMBEDDINGS = ("embed_tokens", "embed_positions")  # sites where rounding the output is rounding the weight
 
-
-def _activation_sites(model: Transformer) -> list[str]:
+def _activation_sites(model: Transformer, settings: QuantSettings) -> list[str]:
     """Each tensor once: a norm that is not there adds no second rounding of the stream."""
-    chosen = []
+    chosen, gated = [], not model.config.causal  # the authors round BERT's context after the gate, OPT's before
     for name, module in model.sites().items():
         kind = name.split(".")[-1]
-        if kind in _ACTIVATIONS or (kind in _NORMS and not isinstance(module, nn.Identity)):
+        rounded = kind in _ACTIVATIONS or (kind in _NORMS and not isinstance(module, nn.Identity))
+        if rounded and kind not in settings.skip and kind != ("context" if gated else "gated"):
             chosen.append(name)
     return chosen
 
@@ -222,16 +250,24 @@ def _weights(model: Transformer) -> dict[str, nn.Parameter]:
     """Matrices and norm gains. Embeddings are rounded where they are read, since the head shares them."""
     chosen = {}
     for name, module in model.named_modules():
-        gain = name.split(".")[-1] in _NORMS and not isinstance(module, nn.Identity)
-        if isinstance(module, nn.Linear) or gain:
+        gain = name.split(".")[-1] in _NORMS and isinstance(module, (nn.LayerNorm, QKNorm))
+        if (isinstance(module, nn.Linear) or gain) and not name.startswith("head."):
             chosen[f"{name}.weight"] = module.weight
     return chosen
 
 
+def _embeddings(model: Transformer) -> dict[str, Tensor]:
+    """Site -> the weight that is read there: rounding the one is rounding the other."""
+    tables = {
+        "embed_tokens": model.token_embedding.weight.data * model.config.embed_scale,
+        "embed_segments": model.segment_embedding and model.segment_embedding.weight.data,
+        "embed_positions": model.position_embedding and model.position_embedding.weight.data,
+    }
+    return {site: table for site, table in tables.items() if table is not None}
+
+
 def _weight_ranges(model: Transformer, settings: QuantSettings) -> Ranges:
-    tensors = {name: weight.data for name, weight in _weights(model).items()}
-    tensors["embed_tokens"] = model.token_embedding.weight.data * model.config.embed_scale
-    tensors["embed_positions"] = model.position_embedding.weight.data
+    tensors = {name: weight.data for name, weight in _weights(model).items()} | _embeddings(model)
     if settings.weights == "minmax":
         return {name: minmax_range(x) for name, x in tensors.items()}
     return {name: mse_range(x, settings.weight_bits, "symmetric", settings.margin) for name, x in tensors.items()}
@@ -242,7 +278,7 @@ def _rounded_weights(model: Transformer, settings: QuantSettings, ranges: Ranges
     """Weights rounded for as long as the context is open; the originals come back to the bit."""
     originals = {name: weight.data for name, weight in _weights(model).items()}
     embeddings = {}
-    for site in _EMBEDDINGS:
+    for site in _embeddings(model):
         embeddings[site] = lambda x, ends=ranges[site]: make_grid(*ends, settings.weight_bits, "symmetric", x).round(
             x
         )
@@ -258,25 +294,30 @@ def _rounded_weights(model: Transformer, settings: QuantSettings, ranges: Ranges
 
 
 @torch.no_grad()
-def calibrate(model: Transformer, batches: Iterable[Tensor], settings: QuantSettings) -> Ranges:
+def calibrate(model: Transformer, batches: Iterable[Batch], settings: QuantSettings) -> Ranges:
     """The range of every quantized tensor: of weights by their estimator, of activations by running ranges.
 
     Batches run through the network as quantized so far: weights rounded, and every activation rounded
     with its range right after it was updated, as the authors' code does.
 
     Args:
-        batches: (B, T) token ids each, from the training split; all of them are used.
+        batches: from the training split; all of them are used. Padding is calibrated on like the rest.
 
     Returns:
-        Site or weight name -> (low, high).
+        Site or weight name -> (low, high); per token, whose ranges are not static, weights alone.
     """
     ranges = _weight_ranges(model, settings)
-    running = {site: RunningRange(settings.momentum, settings.percentile) for site in _activation_sites(model)}
+    if settings.granularity == "token":
+        return ranges
+    running = {}
+    for site in _activation_sites(model, settings):
+        granularity = "tensor" if site.split(".")[-1] in _NO_CHANNELS else settings.granularity
+        running[site] = RunningRange(settings.momentum, settings.percentile, granularity)
 
     def follow(site):
         return lambda x: make_grid(*running[site].update(x), settings.activation_bits, "asymmetric", x).round(x)
 
-    place, training = next(model.parameters()).device, model.training
+    training = model.training
     model.eval()
     try:
         with (
@@ -284,7 +325,7 @@ def calibrate(model: Transformer, batches: Iterable[Tensor], settings: QuantSett
             hooked(model, {site: follow(site) for site in running}),
         ):
             for batch in batches:
-                model(batch.to(place))
+                run(model, batch)
     finally:
         model.train(training)
     if any(one.ends is None for one in running.values()):
@@ -302,12 +343,17 @@ def quantized(model: Transformer, settings: QuantSettings, ranges: Ranges):
     Args:
         ranges: from `calibrate` on this model.
     """
+    own = settings.granularity == "token"
 
     def rounded(site):
-        return lambda x: make_grid(*ranges[site], settings.activation_bits, "asymmetric", x).round(x)
+        def function(x):
+            ends = minmax_range(x, "token") if own else ranges[site]
+            return make_grid(*ends, settings.activation_bits, "asymmetric", x).round(x)
 
-    sites = _activation_sites(model)
-    if missing := [site for site in sites if site not in ranges]:
+        return function
+
+    sites = _activation_sites(model, settings)
+    if missing := [site for site in sites if not own and site not in ranges]:
         raise UserError(f"no range for site {missing[0]}: calibrate this model first")
     with _rounded_weights(model, settings, ranges), hooked(model, {site: rounded(site) for site in sites}):
         yield model

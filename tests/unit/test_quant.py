@@ -3,7 +3,7 @@ import torch
 
 from conftest import METHODS, SMALL
 from ofutils import UserError, quant
-from ofutils.families import opt_state
+from ofutils.families import bert_state, opt_state
 from ofutils.probes import capture
 from ofutils.quant import QuantSettings, calibrate, fake_quantize, quantized
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
@@ -110,6 +110,70 @@ def test_quantized_opt_equals_the_authors(vectors, case):
     assert loss != pytest.approx(expected["fp_loss"], abs=1e-5)
 
 
+BERT_SITES = {  # the authors' name of a quantizer in a layer of BERT -> ours: activation, and weight where it has one
+    "attention.self.query": ("q", "attention.q"),
+    "attention.self.key": ("k", "attention.k"),
+    "attention.self.value": ("v", "attention.v"),
+    "attention.self.attn_scores_act_quantizer": ("scores", None),
+    "attention.self.attn_probs_act_quantizer": ("probs", None),
+    "attention.self.context_act_quantizer": ("gated", None),
+    "attention.output.dense": ("attn_out", "attention.attn_out"),
+    "attention.output.res_act_quantizer": ("resid_mid", None),
+    "attention.output.LayerNorm": ("norm1", "norm1"),
+    "intermediate.0": ("mlp_act", "mlp_fc"),
+    "output.dense": ("mlp_out", "mlp_out"),
+    "output.res_act_quantizer": ("resid_post", None),
+    "output.LayerNorm": ("norm2", "norm2"),
+}
+BERT_OUTER = {
+    "word_embeddings.weight_quantizer": "embed_tokens",
+    "position_embeddings.weight_quantizer": "embed_positions",
+    "token_type_embeddings.weight_quantizer": "embed_segments",
+    "sum_input_token_type_embd_act_quantizer.activation_quantizer": "embed_typed",
+    "sum_pos_embd_act_quantizer.activation_quantizer": "embed_sum",
+    "LayerNorm.activation_quantizer": "embed_norm",
+    "LayerNorm.weight_quantizer": "embed_norm.weight",
+}
+
+
+def our_bert_name(theirs):
+    if theirs.startswith("bert.embeddings."):
+        return BERT_OUTER[theirs.removeprefix("bert.embeddings.")]
+    layer, rest = theirs.removeprefix("bert.encoder.layer.").split(".", 1)
+    module, kind = rest.rsplit(".", 1)
+    activation, weight = BERT_SITES[module]
+    return f"blocks.{layer}.{activation}" if kind == "activation_quantizer" else f"blocks.{layer}.{weight}.weight"
+
+
+@pytest.mark.parametrize("name", ["vanilla", "ga_lin"])
+def test_a_quantized_bert_equals_the_authors(vectors, name):
+    tensors, cases = vectors("bert_quantized")
+    prefix = f"bert.{name}.state."
+    state = bert_state({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+    gate = {"gate": "linear", "pi_init": 0.25} if name == "ga_lin" else {}
+    form = {"causal": False, "activation": "gelu", "norm_eps": 1e-12, "norm_position": "post", "embed_norm": True}
+    shape = {"vocab": 97, "layers": 2, "width": 32, "heads": 4, "mlp_width": 64, "context": 64}
+    model = Transformer(TransformerConfig(**shape, **form, segments=2, head="mlm", skip_padding=False, **gate))
+    model.load_state_dict(state)
+    model.eval()
+    batches = [tensors[f"input_ids.{index}"] for index in range(4)]
+    expected = cases[f"bert/{name}/w8a8_minmax"]
+    settings = QuantSettings(weights="minmax")
+    ranges = calibrate(model, batches, settings)
+    assert set(ranges) == {our_bert_name(theirs) for theirs in expected["ranges"]}
+    for theirs, found in expected["ranges"].items():
+        low, high = ranges[our_bert_name(theirs)]
+        size = max(abs(found["xmin"][0]), found["xmax"][0])
+        assert float(low) == pytest.approx(found["xmin"][0], abs=3e-3 * size), theirs
+        assert float(high) == pytest.approx(found["xmax"][0], abs=3e-3 * size), theirs
+    theirs = tensors[f"bert.{name}.w8a8_minmax.q_logits"]
+    with torch.no_grad():
+        plain = model(batches[0])
+        with quantized(model, settings, ranges):
+            found = model(batches[0])
+    assert (found - theirs).std() < 0.5 * (plain - theirs).std()
+
+
 @pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_fake_quantize_has_few_values_keeps_zero_and_stays_within_half_a_step(scheme, bits):
@@ -209,3 +273,76 @@ def test_bad_input_is_one_clear_line():
         quantized(Transformer(SMALL), QuantSettings(), {}),
     ):
         pass
+
+
+@pytest.mark.parametrize("granularity", quant.GRANULARITIES)
+def test_each_channel_or_token_can_have_a_range_of_its_own(granularity):
+    x = torch.randn(3, 5, 8)
+    x[..., 2] *= 100  # an outlier dimension
+    x[1, 4] *= 30  # and a large token
+    low, high = quant.minmax_range(x, granularity)
+    assert low.shape == {"tensor": (), "channel": (8,), "token": (3, 5, 1)}[granularity]
+    rounded = quant.make_grid(low, high, 8, "asymmetric", x).round(x)
+    steps = ((high - low) / 255).expand(x.shape) if low.ndim != 1 else ((high - low) / 255).expand_as(x)
+    assert ((rounded - x).abs() <= steps * (1 + 1e-4)).all()
+    error = (rounded - x)[:, :4][..., torch.arange(8) != 2].abs().mean()
+    others = quant.make_grid(*quant.minmax_range(x), 8, "asymmetric", x).round(x) - x
+    whole = others[:, :4][..., torch.arange(8) != 2].abs().mean()
+    assert error == whole if granularity == "tensor" else error < 0.1 * whole
+
+
+def outlying_model():
+    """A model whose residual stream has one dimension far larger than the rest, which its norms ignore."""
+    torch.manual_seed(3)
+    model = Transformer(SMALL).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp_out.bias[5] = 300.0
+        for norm in (model.blocks[1].norm1, model.blocks[1].norm2, model.norm_final):
+            norm.weight.fill_(1000)[5] = 0
+    return model
+
+
+def test_finer_ranges_or_unrounded_residual_sums_repair_what_an_outlier_dimension_breaks():
+    model, batches = outlying_model(), [torch.randint(0, 300, (4, 16)) for _ in range(3)]
+    with torch.no_grad():
+        exact = model(batches[0])
+
+    def error(**options):
+        settings = QuantSettings(weights="minmax", **options)
+        with quantized(model, settings, calibrate(model, batches, settings)), torch.no_grad():
+            return float((model(batches[0]) - exact).square().mean())
+
+    coarse = error()
+    assert error(granularity="channel") < 0.2 * coarse
+    assert error(skip=("mlp_out", "resid_mid", "resid_post")) < 0.2 * coarse
+    with torch.no_grad():
+        assert torch.equal(model(batches[0]), exact)
+
+
+def test_a_range_per_token_needs_no_calibration():
+    settings = QuantSettings(granularity="token")
+    model, batch = Transformer(SMALL).eval(), torch.randint(0, 300, (4, 16))
+    ranges = calibrate(model, [], settings)
+    assert not any(site in ranges for site in model.sites() if "blocks" in site)
+    with quantized(model, settings, ranges), torch.no_grad():
+        both, one = model(batch), model(batch[:1])
+    torch.testing.assert_close(both[:1], one)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"granularity": "tokens"}, "unknown granularity 'tokens' .did you mean 'token'"),
+        ({"granularity": "channel", "percentile": 99.0}, "percentiles are per tensor only"),
+        ({"skip": ("resid",)}, "skip: no activation 'resid'"),
+    ],
+)
+def test_bad_granularities_and_sites_to_skip_are_one_clear_line(bad, message):
+    with pytest.raises(UserError, match=message):
+        QuantSettings(**bad)
+
+
+def test_labels_name_what_is_not_the_papers_setting():
+    assert QuantSettings().label == "W8A8"
+    assert QuantSettings(granularity="token", skip=("resid_mid",)).label == "W8A8 per token -resid_mid"
