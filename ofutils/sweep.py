@@ -8,42 +8,46 @@ command read the same one, so a machine without Jupyter can do the work and the 
     flags: --scale, --steps, --seeds, --corpus, --workers, --grid, --export (write to figures/records)
 """
 
-import multiprocessing
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from multiprocessing.connection import Connection, wait
 
-import torch
 from tqdm import tqdm
 
-from ofutils import UserError, data, params, train
+from ofutils import UserError, data, families, hub, params, pool, train
 from ofutils.probes import measure
 from ofutils.quant import QuantSettings, calibrate, quantized
 from ofutils.records import differing
-from ofutils.train import Run, TrainConfig
+from ofutils.streaming import STANDARD
+from ofutils.train import Published, Run, TrainConfig
 from ofutils.transformer import clm_loss
+
+#: The text on which published checkpoints are measured, unless another is named: id, part and split of a data set.
+HELD_OUT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured on a finished run."""
+    """What is measured on a finished run, or on published checkpoints."""
 
     sites: tuple[str, ...] = ("resid_pre", "norm1", "attn_out", "norm2", "mlp_out", "resid_post", "norm_final")
     batches: int = 16  # fixed validation batches, for the loss and the sites
     batch: int = 16  # rows of each, and of each calibration batch
+    meters: tuple[str, ...] = STANDARD
+    over_training: bool = False  # measure at the checkpoints of `train.log_spaced` too; their weights are kept
+    text: str = ""  # published checkpoints: a text or parquet file; empty: HELD_OUT
+    context: int = 512  # published checkpoints: tokens of a row
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run and all that is asked of it."""
+    """One run, or the checkpoints of somebody else's, and all that is asked of it."""
 
     method: str
-    config: TrainConfig
+    config: TrainConfig | Published
     settings: tuple[QuantSettings, ...] = ()
     evaluation: Evaluation = field(default_factory=Evaluation)
 
@@ -52,9 +56,28 @@ class Job:
         params.require(len(set(labels)) == len(labels), f"two quantization settings of a job are called {labels}")
 
     @property
+    def published(self) -> bool:
+        """Whether nothing is trained."""
+        return isinstance(self.config, Published)
+
+    @property
     def label(self) -> str:
         """For progress and failures: method, learning rate, seed."""
+        if self.published:
+            return f"{self.method}, {len(self.checkpoints)} checkpoints"
         return f"{self.method}, lr {self.config.lr:g}, seed {self.config.seed}"
+
+    @property
+    def checkpoints(self) -> tuple[int, ...]:
+        """The steps at which it is measured over training."""
+        if self.published:
+            return self.config.steps
+        return train.log_spaced(self.config.steps) if self.evaluation.over_training else ()
+
+    @property
+    def size(self) -> int:
+        """What the progress bar counts: steps, or checkpoints where nothing is trained."""
+        return len(self.config.steps) if self.published else self.config.steps
 
 
 @dataclass(frozen=True)
@@ -65,27 +88,36 @@ class Outcome:
     run: Run | None = None
     measured: dict | None = None  # {"loss", "sites": {site: metrics}} in full precision
     quantized: dict[str, float] = field(default_factory=dict)  # label of the settings -> loss
+    trajectory: tuple[dict, ...] = ()  # per checkpoint {"step", "weights" (a digest), "loss", "sites"}
     error: str | None = None
 
 
 def _entries(job: Job) -> list[tuple[str, dict]]:
-    """Kind and key of the records of a job: the measurement in full precision, then one per settings."""
-    key = {"run": differing(job.config), "evaluation": differing(job.evaluation)}
-    return [("measure", key), *(("quant", key | {"settings": differing(one)}) for one in job.settings)]
+    """Kind and key of the records of a job: measurement (not of published ones), quantizations, checkpoints."""
+    run = {"published": job.config.name} if job.published else differing(job.config)
+    key = {"run": run, "evaluation": differing(job.evaluation)}
+    own = [] if job.published else [("measure", key)]
+    own += [("quant", key | {"settings": differing(one)}) for one in job.settings]
+    return own + [("checkpoint", key | {"step": step}) for step in job.checkpoints]
+
+
+def _read(job: Job, run: Run | None, results: list[dict]) -> Outcome:
+    """The outcome from the results of all entries, in order."""
+    cut = len(results) - len(job.checkpoints)
+    own, trajectory = results[:cut], tuple(results[cut:])
+    losses = {one.label: found["loss"] for one, found in zip(job.settings, own[1:], strict=True)}
+    return Outcome(job, run, own[0] if own else trajectory[-1], losses, trajectory)
 
 
 def recall(job: Job) -> Outcome | None:
     """The outcome of a job from its records alone, or None where one is missing."""
-    run = train.find(job.config)
-    if run is None:
+    run = None if job.published else train.find(job.config)
+    if run is None and not job.published:
         return None
-    if run.diverged:
+    if run and run.diverged:
         return Outcome(job, run, error=f"diverged at step {run.diverged}")
-    measured, *rounded = (train.store().find(kind, key) for kind, key in _entries(job))
-    if measured is None or None in rounded:
-        return None
-    losses = {one.label: record["result"]["loss"] for one, record in zip(job.settings, rounded, strict=True)}
-    return Outcome(job, run, measured["result"], losses)
+    found = [train.store().find(*entry) for entry in _entries(job)]
+    return None if None in found else _read(job, run, [record["result"] for record in found])
 
 
 def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Outcome:
@@ -95,26 +127,56 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     """
     if known := recall(job):
         return known
-    run = train.train(job.config, report=report)
+    if job.published:
+        evaluation, corpus = held_out(job)
+        return _read(job, None, _over_training(job, evaluation, {"corpus": corpus}, report))
+    keep = job.evaluation.over_training
+    run = train.train(job.config, report=report, keep=keep)
     if run.diverged:
         return Outcome(job, run, error=f"diverged at step {run.diverged}")
     tokens, context = train.load_tokens(job.config), job.config.model.context
     trained_on = run.record["environment"]["corpus"]
     params.require(trained_on == tokens.corpus, f"{run.config.name} was trained on another corpus than is here")
-    model = (run if run.has_weights else train.train(job.config, report=report, again=True)).load()
+    if not run.has_weights or not all(train.kept(job.config, step).is_file() for step in job.checkpoints):
+        run = train.train(job.config, report=report, again=True, keep=keep)
+    model = run.load()
     evaluation = data.fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, context)
     store, environment = train.store(), params.environment() | {"corpus": tokens.corpus}
     first, *others = _entries(job)
-    measured = measure(model, evaluation, job.evaluation.sites, clm_loss).summary()
-    store.write(*first, measured, environment)
-    losses = {}
-    for settings, entry in zip(job.settings, others, strict=True):
+    results = [measure(model, evaluation, job.evaluation.sites, clm_loss, job.evaluation.meters).summary()]
+    store.write(*first, results[0], environment)
+    for settings, entry in zip(job.settings, others, strict=False):
         drawn = data.Batches(tokens.train, job.evaluation.batch, context, seed=10_000 + job.config.seed)
         ranges = calibrate(model, [drawn.draw() for _ in range(settings.batches)], settings)
         with quantized(model, settings, ranges):
-            losses[settings.label] = measure(model, evaluation, loss=clm_loss).loss
-        store.write(*entry, {"loss": losses[settings.label]}, environment)
-    return Outcome(job, run, measured, losses)
+            results.append({"loss": measure(model, evaluation, loss=clm_loss).loss})
+        store.write(*entry, results[-1], environment)
+    return _read(job, run, results + _over_training(job, evaluation, {"corpus": tokens.corpus}))
+
+
+def held_out(job: Job) -> tuple[list, str]:
+    """Batches of held-out text for published checkpoints, in the tokens of their model, and the text's sha256."""
+    one = job.evaluation
+    corpus = data.load_corpus(one.text or str(hub.text(*HELD_OUT)))
+    ids = data.encode(hub.tokenizer(job.config.name, f"step{job.config.steps[0]}"), corpus)
+    return data.fixed_batches(ids, one.batches, one.batch, one.context), corpus.sha256
+
+
+def _over_training(job: Job, batches: list, environment: dict, report=None) -> list[dict]:
+    """Measure every checkpoint that has no record yet, and write one each."""
+    store, results, entries = train.store(), [], _entries(job)
+    for entry, step in zip(entries[len(entries) - len(job.checkpoints) :], job.checkpoints, strict=True):
+        if (record := store.find(*entry)) is None:
+            ((_, model),) = train.checkpoints(job.config, (step,))
+            found = measure(
+                families.with_sites(model), batches, job.evaluation.sites, clm_loss, job.evaluation.meters
+            ).summary()
+            result = {"step": step, "weights": train.weights_digest(model), **found}
+            record = store.write(*entry, result, params.environment() | environment)
+        results.append(record["result"])
+        if report:
+            report(len(results), record["result"]["loss"])
+    return results
 
 
 def run(jobs: list[Job], workers: int | None = None) -> list[Outcome]:
@@ -133,97 +195,28 @@ def run(jobs: list[Job], workers: int | None = None) -> list[Outcome]:
     todo = [index for index, outcome in recalled.items() if not outcome]
     if workers is None:
         workers = 0 if params.device().type == "cuda" else os.cpu_count() or 1
-    total = sum(jobs[index].config.steps for index in todo)
+    if workers:  # tokens are cached on disk before the processes ask for them
+        configs = (jobs[index].config for index in todo if not jobs[index].published)
+        for config in {(c.corpus, c.characters, c.model.vocab): c for c in configs}.values():
+            with suppress(UserError):  # its own run reports it
+                train.load_tokens(config)
+    done: dict[int, int] = {}
+
+    def progress(place, step, loss):
+        done[place] = step
+        bar.set_postfix_str(f"{jobs[todo[place]].label}: loss {loss:.3f}", refresh=False)
+        bar.update(sum(done.values()) - bar.n)
+
+    total = sum(jobs[index].size for index in todo)
     with tqdm(total=total, unit="step", mininterval=5, leave=False, disable=not todo) as bar:
-        if workers == 0:
-            _run_here(jobs, todo, outcomes, bar)
-        else:
-            configs = (jobs[index].config for index in todo)
-            for config in {(c.corpus, c.characters, c.model.vocab): c for c in configs}.values():
-                with suppress(UserError):  # its own run reports it
-                    train.load_tokens(config)  # cached on disk, before the processes ask for it
-            _run_in_processes(jobs, todo, outcomes, bar, min(workers, len(todo)))
+        results = pool.run(perform, [jobs[index] for index in todo], workers, progress)
+    for index, result in zip(todo, results, strict=True):
+        outcomes[index] = result.value or Outcome(jobs[index], error=result.error)
     for index in todo:
         if outcomes[index].error:
             reason = outcomes[index].error.strip().splitlines()[-1].removeprefix("ofutils.")
             print(f"failed: {jobs[index].label}: {reason}")
     return [outcomes[index] for index in range(len(jobs))]
-
-
-def _run_here(jobs, todo, outcomes, bar) -> None:
-    for index in todo:
-        done, job = bar.n, jobs[index]
-
-        def report(step, loss, done=done, job=job):
-            bar.set_postfix_str(f"{job.label}: loss {loss:.3f}", refresh=False)
-            bar.update(done + step - bar.n)
-
-        try:
-            outcomes[index] = perform(job, report)
-        except Exception:
-            outcomes[index] = Outcome(job, error=traceback.format_exc())
-
-
-def _run_in_processes(jobs, todo, outcomes, bar, workers) -> None:
-    """Feed jobs to processes that live on from job to job; one that dies costs its job only."""
-    context = multiprocessing.get_context("spawn")
-    waiting, busy, steps = list(todo), {}, {}
-
-    def hire():
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_worker, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        assign(ours, process)
-
-    def assign(pipe, process):
-        if waiting:
-            busy[pipe] = (process, waiting.pop(0))
-            with suppress(BrokenPipeError):  # a dead worker shows at the end of its pipe
-                pipe.send(jobs[busy[pipe][1]])
-        else:
-            pipe.close()  # the worker ends at the end of its pipe
-
-    try:
-        for _ in range(workers):
-            hire()
-        while busy:
-            for pipe in wait(list(busy)):
-                process, index = busy[pipe]
-                try:
-                    message = pipe.recv()
-                except (EOFError, OSError):
-                    process.join()
-                    outcomes[index] = Outcome(jobs[index], error=f"its process died (exit code {process.exitcode})")
-                    del busy[pipe]
-                    if waiting:
-                        hire()
-                    continue
-                if isinstance(message, Outcome):
-                    outcomes[index] = message
-                    del busy[pipe]
-                    assign(pipe, process)
-                else:
-                    steps[index], loss = message
-                    bar.set_postfix_str(f"{jobs[index].label}: loss {loss:.3f}", refresh=False)
-                    bar.update(sum(steps.values()) - bar.n)
-    finally:
-        for process, _ in busy.values():
-            process.terminate()
-
-
-def _worker(pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    try:
-        while True:
-            job = pipe.recv()
-            try:
-                outcome = perform(job, lambda step, loss: pipe.send((step, loss)))
-            except Exception:
-                outcome = Outcome(job, error=traceback.format_exc())
-            pipe.send(outcome)
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
 
 
 @dataclass(frozen=True)
@@ -245,7 +238,9 @@ class Recipe:
         jobs = list(self.grid if grid else self.jobs)
         params.require(len(jobs) > 0, f"{self.name} has no {'grid' if grid else 'runs'} at scale {self.scale}")
         here = self.scale in ("tiny", "small") or params.device().type != "cpu"
-        if not here and (missing := [job for job in jobs if recall(job) is None]):
+        if not (here or all(job.published for job in jobs)) and (
+            missing := [job for job in jobs if recall(job) is None]
+        ):
             raise UserError(
                 f"{self.name} at scale {self.scale} needs a GPU: {len(missing)} of {len(jobs)} runs have "
                 f"no record here, e.g. {missing[0].label}; scales that work without: tiny, small"
@@ -273,17 +268,25 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
         UserError: an unknown recipe, or a scale that it does not have.
     """
     content = _read_yaml(name)
-    methods, scales = content["methods"], content["scales"]
+    scales = content["scales"]
     params.require(scale in scales, f"{name} has no recipe for scale {scale!r}; it has: {', '.join(scales)}")
     chosen = scales[scale]
+    methods = chosen.get("methods", content["methods"])
     if "like" in chosen:  # another recipe's base, evaluation and quant, so that the two cannot drift apart
         other = _read_yaml(chosen["like"])["scales"][scale]
         chosen = {**other, "lr": {}, "grid": [], **chosen, "base": other["base"] | chosen.get("base", {})}
     params.require(steps >= 0 and seeds >= 0, f"steps and seeds must be at least 0, got {steps} and {seeds}")
+    if "published" in chosen:  # nothing is trained: checkpoints are measured, up to the step asked for
+        evaluation = params.build(Evaluation, chosen["evaluation"] | ({"text": corpus} if corpus else {}))
+        at = tuple(step for step in chosen["checkpoints"] if step <= (steps or step))
+        jobs = (
+            Job(method, Published(hub_name, at), (), evaluation) for method, hub_name in chosen["published"].items()
+        )
+        return Recipe(name, scale, tuple(jobs), (), 0)
     override = ({"steps": steps} if steps else {}) | ({"corpus": corpus} if corpus else {})
     base = chosen["base"] | override
     params.require(base.get("corpus") != "", f"{name} at scale {scale} needs a text to train on: name it with corpus")
-    settings = tuple(params.build(QuantSettings, one) for one in chosen["quant"])
+    settings = tuple(params.build(QuantSettings, one) for one in chosen.get("quant", ()))
     evaluation = params.build(Evaluation, chosen.get("evaluation", {}))
 
     def job(method: str, seed: int, **rate) -> Job:

@@ -8,23 +8,24 @@ bit on a CPU with the same number of threads (a GPU's fused attention does not p
     python -m ofutils.train --steps 200 --model.layers 4     flags, or --config run.yaml, or both
 """
 
-import json
+import hashlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ofutils import UserError, data, optim, params
+from ofutils import UserError, data, hub, optim, params
 from ofutils.probes import measure, resolve
-from ofutils.records import Store, differing, digest, warn_of_other_corpus, write_atomically
+from ofutils.records import Store, differing, digest, warn_of_other_corpus
+from ofutils.resume import State, restore, save, save_weights
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
 
 OBJECTIVES = ("clm", "mlm", "pair", "image")
@@ -115,16 +116,67 @@ class Run:
         """The trained model, in evaluation mode, on this machine's device."""
         if not self.has_weights:
             raise UserError(f"{self.config.name}: the record is here, its weights are not")
-        model, path = Transformer(self.config.model), _folder(self.config) / "model.safetensors"
-        try:
-            model.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"weights {path} are not readable; delete them to train the run again") from error
-        return model.to(params.device()).eval()
+        return _load(self.config, _folder(self.config) / "model.safetensors")
 
 
 def _folder(config: TrainConfig) -> Path:
     return params.out() / "runs" / config.name
+
+
+def _load(config: TrainConfig, path: Path) -> Transformer:
+    model = Transformer(config.model)
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"weights {path} are not readable; delete them to train the run again") from error
+    return model.to(params.device()).eval()
+
+
+@dataclass(frozen=True)
+class Published:
+    """Checkpoints that somebody else published: the revisions step0, step1, ... of an id on the Hub."""
+
+    name: str = ""
+    steps: tuple[int, ...] = ()
+
+
+def log_spaced(last: int) -> tuple[int, ...]:
+    """0, 1, 2, 4, 8, ... and the last step."""
+    return (0, *(1 << power for power in range(last.bit_length()) if 1 << power < last), last)
+
+
+def kept(config: TrainConfig, step: int) -> Path:
+    """Where `train(keep=True)` keeps the weights after so many steps."""
+    return _folder(config) / f"step-{step:08d}.safetensors"
+
+
+def checkpoints(
+    source: TrainConfig | Published, steps: tuple[int, ...] | None = None
+) -> Iterator[tuple[int, nn.Module]]:
+    """(step, model in evaluation mode) over a training, in order, each loaded when it is asked for.
+
+    Args:
+        source: a run of ours, trained with `keep`, at its `log_spaced` steps; or `Published`.
+        steps: some of its checkpoints; None: all of them.
+
+    Raises:
+        UserError: a checkpoint that is not here; what `hub.model` refuses.
+    """
+    if isinstance(source, Published):
+        for step in source.steps if steps is None else steps:
+            yield step, hub.model(source.name, f"step{step}", "lm")
+        return
+    for step in log_spaced(source.steps) if steps is None else steps:
+        path = kept(source, step)
+        params.require(path.is_file(), f"{source.name}: the weights after step {step} are not here; train with keep")
+        yield step, _load(source, path)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Twelve hexadecimal digits of the model's middle matrix: equal for checkpoints that are copies of each other."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    middle = matrices[len(matrices) // 2].detach().cpu().contiguous()
+    return hashlib.sha256(middle.numpy().tobytes()).hexdigest()[:12]
 
 
 def load_tokens(config: TrainConfig) -> data.Tokens:
@@ -151,6 +203,7 @@ def train(
     report: Callable[[int, float], None] | None = None,
     save_every: int = SAVE_EVERY,
     again: bool = False,
+    keep: bool = False,
 ) -> Run:
     """Train, or load the finished run, or go on with the broken one.
 
@@ -160,6 +213,7 @@ def train(
         report: called with (steps done, loss) instead of the progress bar.
         save_every: steps between checkpoints.
         again: train even where there is a record, for the weights that are not here.
+        keep: keep the weights at the `log_spaced` steps, for `checkpoints`.
 
     Returns:
         The finished run. One whose loss stopped being finite is finished too, see `Run.diverged`.
@@ -186,7 +240,7 @@ def train(
     )
     trained, stepper = accelerator.prepare(model, optimizer)
     checkpoint = _folder(config) / "checkpoint.safetensors"
-    state = _restore(checkpoint, model, optimizer, tokens.corpus) if checkpoint.is_file() else _State()
+    state = restore(checkpoint, model, optimizer, tokens.corpus) if checkpoint.is_file() else State()
     state.loss_sum = state.loss_sum.to(accelerator.device)
     if report is None:
         report = _bar(config, state.step, shown=accelerator.is_main_process)
@@ -197,6 +251,9 @@ def train(
     generators = torch.cuda.default_generators if place == "cuda" else [torch.default_generator]
     dropout_generator = generators[torch.cuda.current_device() if place == "cuda" else 0]
     model.train()
+    wanted = log_spaced(config.steps) if keep and accelerator.is_main_process else ()
+    if 0 in wanted and state.step == 0:
+        save_weights(kept(config, 0), model)
     while state.step < config.steps and state.diverged is None:
         dropout_generator.manual_seed((config.seed * 1_000_003 + state.step) * 1_009 + rank)
         for group in optimizer.param_groups:
@@ -215,17 +272,18 @@ def train(
         if state.step % config.measure_every == 0 or state.step == config.steps:
             state.loss_sum = accelerator.reduce(state.loss_sum, "mean")
             _measure(state, config, model, evaluation)
+        if state.step in wanted:
+            save_weights(kept(config, state.step), model)
         if state.step % 10 == 0 or state.step == config.steps:
             report(state.step, float(loss.detach()))
         going_on = state.step < config.steps and state.diverged is None
         if state.step % save_every == 0 and going_on and accelerator.is_main_process:
-            _save(checkpoint, model, optimizer, state, tokens.corpus)
+            save(checkpoint, model, optimizer, state, tokens.corpus)
 
     accelerator.wait_for_everyone()
     result = {"log": state.log, "diverged": state.diverged}
     if accelerator.is_main_process:
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        write_atomically(checkpoint.with_name("model.safetensors"), lambda path: save_file(weights, path))
+        save_weights(checkpoint.with_name("model.safetensors"), model)
         environment = params.environment() | {"corpus": tokens.corpus}
         record = store().write("train", differing(config), result, environment)
         checkpoint.unlink(missing_ok=True)
@@ -235,18 +293,7 @@ def train(
     return Run(config, record)
 
 
-@dataclass
-class _State:
-    """Where a run stands, besides model and optimizer."""
-
-    step: int = 0
-    loss_sum: Tensor = field(default_factory=lambda: torch.tensor(0.0))
-    loss_count: int = 0
-    log: list = field(default_factory=list)
-    diverged: int | None = None
-
-
-def _measure(state: _State, config: TrainConfig, model: Transformer, evaluation: list[Tensor]) -> None:
+def _measure(state: State, config: TrainConfig, model: Transformer, evaluation: list[Tensor]) -> None:
     train_loss = float(state.loss_sum) / state.loss_count
     state.loss_sum.zero_()
     state.loss_count = 0
@@ -255,44 +302,6 @@ def _measure(state: _State, config: TrainConfig, model: Transformer, evaluation:
     state.log.append({"step": state.step, "train_loss": train_loss, "lr": lr, **found})
     if not (abs(train_loss) < float("inf") and abs(found["loss"]) < float("inf")):
         state.diverged = state.step
-
-
-def _save(path: Path, model: Transformer, optimizer, state: _State, corpus: str) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, entries in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in entries.items()}
-    tensors["loss_sum"] = state.loss_sum
-    rest = {"step": state.step, "loss_count": state.loss_count, "log": state.log, "corpus": corpus}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"state": json.dumps(rest)}))
-
-
-def _restore(path: Path, model: Transformer, optimizer, corpus: str) -> _State:
-    try:
-        with safe_open(path, "pt") as file:
-            rest = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-        return _resumed(tensors, rest, path, model, optimizer, corpus)
-    except UserError:
-        raise
-    except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is not readable; delete it to start the run again") from error
-
-
-def _resumed(tensors, rest, path: Path, model: Transformer, optimizer, corpus: str) -> _State:
-    if rest.pop("corpus") != corpus:
-        raise UserError(f"checkpoint {path} was made on another corpus; delete it to start the run again")
-    model.load_state_dict(_under(tensors, "model."))
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _under(tensors, "optimizer.").items():
-        index, key = name.split(".", 1)
-        entries.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
-    return _State(loss_sum=tensors["loss_sum"], **rest)
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _bar(config: TrainConfig, done: int, shown: bool) -> Callable[[int, float], None]:

@@ -3,10 +3,13 @@ import os
 import signal
 
 import pytest
+import torch
 
-from ofutils import UserError, sweep, train
+from ofutils import UserError, hub, sweep, train
 from ofutils.quant import QuantSettings
 from ofutils.sweep import Evaluation, Job
+from ofutils.train import Published
+from ofutils.transformer import Transformer, TransformerConfig
 
 EVALUATION = Evaluation(sites=("resid_post",), batches=2, batch=4)
 SETTINGS = (QuantSettings(batches=2), QuantSettings(weight_bits=4, activation_bits=4, batches=2))
@@ -170,3 +173,64 @@ def test_sweep_says_what_is_missing():
         sweep.main(["--scale", "tiny"])
     with pytest.raises(UserError, match="has no grid at scale tiny"):
         sweep.main(["03_quant", "--scale", "tiny", "--grid"])
+
+
+OVER_TRAINING = Evaluation(
+    sites=("blocks.0.resid_pre", "resid_post"), batches=2, batch=4, meters=("neuron_kurtosis",), over_training=True
+)
+
+
+def test_a_run_is_measured_at_every_checkpoint_and_recalled_from_records_alone(out, config, monkeypatch):
+    job = Job("vanilla", config, (), OVER_TRAINING)
+    (outcome,) = sweep.run([job], workers=0)
+    assert outcome.error is None
+    assert tuple(point["step"] for point in outcome.trajectory) == job.checkpoints == (0, 1, 2, 4, 8, 16, 20)
+    assert set(outcome.trajectory[0]["sites"]) == {"blocks.0.resid_pre", "blocks.0.resid_post", "blocks.1.resid_post"}
+    assert outcome.trajectory[-1]["loss"] == outcome.measured["loss"] < outcome.trajectory[0]["loss"]
+    assert len({point["weights"] for point in outcome.trajectory}) == 7
+    for path in (out / "runs").glob("train-*/*.safetensors"):
+        path.unlink()
+    monkeypatch.setattr(train, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert sweep.run([job], workers=0)[0].trajectory == outcome.trajectory
+
+
+def test_checkpoints_that_are_missing_are_made_by_training_again(out, config):
+    sweep.run([Job("vanilla", config, (), EVALUATION)], workers=0)  # the run is finished, but nothing was kept
+    (outcome,) = sweep.run([Job("vanilla", config, (), OVER_TRAINING)], workers=0)
+    assert outcome.error is None and len(outcome.trajectory) == 7
+
+
+def test_published_checkpoints_are_measured_once_and_go_on_where_they_stopped(out, corpus, monkeypatch):
+    text = str(corpus / "1.txt")
+    (corpus / "1.txt").write_text("\n\n".join(f"Paragraph {n} of many." for n in range(60)))
+    loaded, characters = [], hub.tokenizer(hub.STAND_IN)
+
+    def model(name, revision, head):
+        loaded.append(revision)
+        torch.manual_seed(int(revision.removeprefix("step")))
+        return Transformer(TransformerConfig(vocab=200, layers=2, width=16, heads=2, context=16)).eval()
+
+    monkeypatch.setattr(sweep.hub, "model", model)
+    monkeypatch.setattr(sweep.hub, "tokenizer", lambda name, revision: characters)
+    evaluation = dataclasses.replace(OVER_TRAINING, text=text, context=16)
+    (half,) = sweep.run([Job("70m", Published("somebody/model", (0, 1)), (), evaluation)], workers=0)
+    (whole,) = sweep.run([Job("70m", Published("somebody/model", (0, 1, 4)), (), evaluation)], workers=0)
+    assert half.error is None and whole.error is None
+    assert loaded == ["step0", "step1", "step4"]
+    assert whole.trajectory[:2] == half.trajectory and whole.measured == whole.trajectory[-1]
+
+
+def test_the_recipe_of_published_checkpoints_takes_steps_and_text():
+    recipe = sweep.read_recipe("01_pythia_kurtosis", "paper", steps=4, corpus="held_out.txt")
+    assert [job.config.name for job in recipe.jobs] == [
+        f"EleutherAI/pythia-{size}" for size in ("70m", "160m", "410m")
+    ]
+    assert all(job.config.steps == (0, 1, 2, 4) and job.evaluation.text == "held_out.txt" for job in recipe.jobs)
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "gpu"])
+def test_a_scale_can_have_sizes_of_its_own(scale):
+    recipe = sweep.read_recipe("01_pythia_kurtosis", scale)
+    sizes = [sum(p.numel() for p in Transformer(job.config.model).parameters()) for job in recipe.jobs[:3]]
+    assert [job.method for job in recipe.jobs[:3]] == ["S", "M", "L"] and sizes == sorted(sizes)
+    assert all(job.config.model.parallel and job.checkpoints[-1] == job.config.steps for job in recipe.jobs)

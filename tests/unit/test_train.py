@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from conftest import METHODS, SMALL
-from ofutils import UserError, params, train
+from ofutils import UserError, params, resume, train
 from ofutils.train import TrainConfig
 from ofutils.transformer import Transformer
 
@@ -168,7 +168,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(out, config, mo
     def full(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(train, "save_file", full)
+    monkeypatch.setattr(resume, "save_file", full)
     with pytest.raises(UserError, match="cannot write .*No space left on device"):
         quiet(config)
     assert not any(path.suffix == ".tmp" for path in out.rglob("*"))
@@ -232,3 +232,39 @@ def test_lists_of_names_come_with_or_without_brackets():
     for text in ("resid_pre,norm1", "resid_pre, norm1", "['resid_pre', 'norm1']"):
         assert params.read(TrainConfig, ["--sites", text]).sites == ("resid_pre", "norm1")
     assert params.read(TrainConfig, ["--sites", "blocks.[01].norm1"]).sites == ("blocks.[01].norm1",)
+
+
+def test_log_spaced_steps_begin_with_0_double_and_end_with_the_last():
+    assert train.log_spaced(20) == (0, 1, 2, 4, 8, 16, 20)
+    assert train.log_spaced(16) == (0, 1, 2, 4, 8, 16)
+    assert train.log_spaced(1) == (0, 1)
+
+
+def test_kept_checkpoints_are_the_weights_at_their_steps_and_change_nothing(out, config):
+    run = quiet(config, keep=True)
+    steps, models = zip(*train.checkpoints(config), strict=True)
+    assert steps == (0, 1, 2, 4, 8, 16, 20)
+    assert len({train.weights_digest(model) for model in models}) == 7
+    torch.manual_seed(config.seed)
+    start = Transformer(config.model)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), start.parameters(), strict=True))
+    last = run.load()
+    assert all(torch.equal(a, b) for a, b in zip(models[-1].parameters(), last.parameters(), strict=True))
+    ((_, fourth),) = train.checkpoints(config, (4,))
+    assert train.weights_digest(fourth) == train.weights_digest(models[3])
+    plain = quiet(config, again=True)
+    assert plain.log == run.log
+
+
+def test_checkpoints_that_were_not_kept_are_one_clear_line(out, config):
+    quiet(config)
+    with pytest.raises(UserError, match="the weights after step 0 are not here; train with keep"):
+        next(train.checkpoints(config))
+
+
+def test_copies_of_weights_have_the_same_digest():
+    torch.manual_seed(1)
+    one, other = Transformer(SMALL), Transformer(SMALL)
+    assert train.weights_digest(one) != train.weights_digest(other)
+    other.load_state_dict(one.state_dict())
+    assert train.weights_digest(one) == train.weights_digest(other)

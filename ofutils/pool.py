@@ -1,0 +1,99 @@
+"""Many tasks, here or in local processes: what fails costs its own task, the rest is finished."""
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a task gave, or the text of its error."""
+
+    value: Any = None
+    error: str | None = None
+
+
+def run(function: Callable, tasks: list, workers: int, progress: Callable[..., None]) -> list[Result]:
+    """`function(task, report)` for every task.
+
+    Args:
+        function: importable by name; it may call `report(...)` as often as it likes.
+        tasks: picklable, worked on in order.
+        workers: local processes with one torch thread each, which live on from task to task; 0 works here.
+        progress: called as `progress(index of the task, ...)` with what a task reports.
+
+    Returns:
+        One result per task, in order.
+    """
+    if workers == 0:
+        return [_try(function, task, partial(progress, index)) for index, task in enumerate(tasks)]
+    return _run_in_processes(function, tasks, min(workers, len(tasks)), progress)
+
+
+def _try(function, task, report) -> Result:
+    try:
+        return Result(function(task, report))
+    except Exception:
+        return Result(error=traceback.format_exc())
+
+
+def _run_in_processes(function, tasks, workers, progress) -> list[Result]:
+    context = multiprocessing.get_context("spawn")
+    waiting, busy, results = list(range(len(tasks))), {}, {}
+
+    def hire():
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(function, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        assign(ours, process)
+
+    def assign(pipe, process):
+        if waiting:
+            busy[pipe] = (process, waiting.pop(0))
+            with suppress(BrokenPipeError):  # a dead worker shows at the end of its pipe
+                pipe.send(tasks[busy[pipe][1]])
+        else:
+            pipe.close()  # the worker ends at the end of its pipe
+
+    try:
+        for _ in range(workers):
+            hire()
+        while busy:
+            for pipe in wait(list(busy)):
+                process, index = busy[pipe]
+                try:
+                    message = pipe.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    results[index] = Result(error=f"its process died (exit code {process.exitcode})")
+                    del busy[pipe]
+                    if waiting:
+                        hire()
+                    continue
+                if isinstance(message, Result):
+                    results[index] = message
+                    del busy[pipe]
+                    assign(pipe, process)
+                else:
+                    progress(index, *message)
+    finally:
+        for process, _ in busy.values():
+            process.terminate()
+    return [results[index] for index in range(len(tasks))]
+
+
+def _work(function: Callable, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    try:
+        while True:
+            pipe.send(_try(function, pipe.recv(), lambda *values: pipe.send(values)))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return
