@@ -62,7 +62,7 @@ class Corpus:
     @cached_property
     def splits(self) -> dict[str, list[str]]:
         """Texts of `train` and `validation`: disjoint, both non-empty."""
-        ranked = sorted(self.documents, key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
+        ranked = sorted(self.documents, key=_order)
         held = max(1, len(ranked) // _VALIDATION_SHARE)
         train, room = [], self.characters or sys.maxsize
         for _, text in ranked[held:]:
@@ -220,24 +220,52 @@ def _encode(tokenizer, texts: list[str], vocab: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def docstrings(corpus: Corpus, longest: int = 200) -> list[str]:
-    """The first sentences of the docstrings in a corpus of Python source: plain English that every machine has.
+def docstrings(corpus: Corpus, count: int, longest: int = 200) -> list[str]:
+    """First sentences of docstrings in a corpus of Python source: plain English that every machine has.
 
     Args:
+        count: how many; documents are visited in an order that the hash of their names decides, and no
+            document gives more than 8.
         longest: in characters; longer and very short ones (under five words) are left out.
 
     Returns:
-        Each sentence once, in the order of the corpus.
+        Each sentence once.
+
+    Raises:
+        UserError: a corpus that does not have so many.
     """
-    found = {}
-    for _, text in corpus.documents:
+    found: dict[str, None] = {}
+    for _, text in sorted(corpus.documents, key=_order):
+        own = []
         with suppress(SyntaxError, ValueError, RecursionError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the source that is read
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                     paragraph = (ast.get_docstring(node) or "").partition("\n\n")[0]
-                    found[" ".join(paragraph.split()).partition(". ")[0]] = None
-    return [one for one in found if len(one) <= longest and len(one.split()) >= 5]
+                    own.append(" ".join(paragraph.split()).partition(". ")[0])
+        found |= dict.fromkeys([one for one in own if len(one) <= longest and len(one.split()) >= 5][:8])
+        if len(found) >= count:
+            return list(found)[:count]
+    raise UserError(f"corpus {corpus.source!r} has {len(found)} sentences in docstrings, {count} are asked for")
+
+
+def _order(document: tuple[str, str]) -> str:
+    return hashlib.sha256(document[0].encode()).hexdigest()
+
+
+def sentence_batches(tokenizer, sentences: list[str], batch: int = 16, longest: int = 64) -> list[dict[str, Tensor]]:
+    """Sentences as padded batches of somebody else's tokens, in order, for `probes.measure` and `probes.embed`.
+
+    Args:
+        tokenizer: of transformers. One without a padding token pads with its end of text, which the mask hides.
+        longest: tokens of a row; the rest of a sentence is cut off.
+
+    Returns:
+        Mappings of (batch, T) tensors, `input_ids` and `attention_mask` among them.
+    """
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
+    return [dict(tokenizer(sentences[i : i + batch], **options)) for i in range(0, len(sentences), batch)]
 
 
 def encode(tokenizer, corpus: Corpus) -> np.ndarray:

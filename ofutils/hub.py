@@ -4,6 +4,7 @@
     tokenizer(name, revision)        its tokenizer
     text(name, config, split)        the path of a data set's parquet file, for `data.load_corpus`
     find_minilm()                    whether the packaged MiniLM is installed
+    or_stand_in(name)                the name, or a stand-in's where it cannot be loaded
 
 Only safetensors are loaded: no pickle, no code out of a repository. Downloads go to the Hub's own cache
 (`HF_HOME`). Before the first request of a process the Hub is asked once whether it answers; where it does
@@ -104,6 +105,16 @@ def tokenizer(name: str, revision: str = "main"):
     except Exception as error:  # the tokenizers library raises bare Exceptions
         wrong = "is not readable, or it needs code of its own, which is never run"
         raise UserError(f"{_what(name, revision)}: its tokenizer in {folder} {wrong}") from error
+
+
+def or_stand_in(name: str) -> str:
+    """The name, if its model loads here; else `STAND_IN`, after lines that say why, and that it is random."""
+    try:
+        model(name)
+    except UserError as error:
+        print(f"{error}\nin its place: a random stand-in, which has no outliers")
+        return STAND_IN
+    return name
 
 
 def text(name: str, config: str, split: str = "test", revision: str = "refs/convert/parquet") -> Path:

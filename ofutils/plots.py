@@ -26,7 +26,8 @@ DASHES = {name: (3, 1.5) if "SOAP" in name else (None, None) for name in COLORS}
 
 
 def theme() -> None:
-    """Set the look of all figures that follow."""
+    """Set the look of all figures and printed tables that follow."""
+    pd.set_option("display.width", 140, "display.max_colwidth", 90)
     sns.set_theme(context="notebook", style="ticks", font_scale=0.9)
     plt.rcParams.update(
         {

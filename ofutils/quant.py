@@ -259,11 +259,15 @@ def _weights(model: Transformer) -> dict[str, nn.Parameter]:
 def _embeddings(model: Transformer) -> dict[str, Tensor]:
     """Site -> the weight that is read there: rounding the one is rounding the other."""
     tables = {
-        "embed_tokens": model.token_embedding.weight.data * model.config.embed_scale,
+        "embed_tokens": _scaled(model.token_embedding.weight.data, model.config.embed_scale),
         "embed_segments": model.segment_embedding and model.segment_embedding.weight.data,
         "embed_positions": model.position_embedding and model.position_embedding.weight.data,
     }
     return {site: table for site, table in tables.items() if table is not None}
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
 
 
 def _weight_ranges(model: Transformer, settings: QuantSettings) -> Ranges:

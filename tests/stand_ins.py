@@ -71,7 +71,7 @@ TOKENIZERS = {
         {"cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"},
     ),
 }
-DATASETS = {"Salesforce/wikitext": ("refs/convert/parquet", "wikitext-2-raw-v1/test/0000.parquet", 400)}
+DATASETS = {"Salesforce/wikitext": ("refs/convert/parquet", "wikitext-2-raw-v1/test/0000.parquet", 4)}
 KNOWN = (*MODELS, *DATASETS)
 
 

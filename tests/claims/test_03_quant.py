@@ -55,6 +55,17 @@ def judged(values, margin, ratio):
     return low, middle, high, "not testable at this scale: the seeds differ too much"
 
 
+def ffn_share():
+    """Per draw of sentences, what the FFN's output and sum cause of the damage of activations; and the model."""
+    rows = pd.read_csv(FIGURES / "real_checkpoint.csv")
+    cell = {(r["ranges"], r["left exact"], r["draw"]): r["damage"] for _, r in rows.iterrows()}
+    shares = []
+    for draw in range(3):
+        whole, alone = cell["per tensor", "nothing", draw], cell["weights alone", "nothing", draw]
+        shares.append((whole - cell["per tensor", "FFN", draw]) / (whole - alone))
+    return np.array(shares), json.loads((FIGURES / "real_checkpoint.json").read_text())["model"]
+
+
 def expected(runs, rules):
     """claim -> (one value per seed, margin, ratio, why it cannot be judged)."""
     seeds = sorted(runs["seed"].unique())
@@ -84,6 +95,9 @@ def expected(runs, rules):
                 why = f"vanilla loses less than {rules['visible_cost']:g} nats at {width}"
             share = 1 - values(method, width) / values("vanilla", width)
             found[f"share of vanilla's {width} cost that {method} saves:"] = share, rules["share_kept"], False, why
+    share, model = ffn_share()
+    claim = f"share of the W8A8 damage to {model} that the FFN's output and sum cause:"
+    found[claim] = share, rules["share_ffn"], False, ""
     for measure in ("neuron kurtosis", "tensor kurtosis", "max inf norm"):
         for width in bits:
             of_seed = [runs[runs["seed"] == seed] for seed in seeds]
@@ -115,6 +129,7 @@ def test_each_paper_claim_is_about_what_its_id_says(committed):
         "fp": "{} lowers the full-precision loss (nats) by",
     }
     claims = {row.id: claim for claim, row in committed.iterrows() if row.id}
+    assert claims.pop("bondarenko2023-ffn-output").startswith("share of the W8A8 damage to ")
     ranked = claims.pop("he2024-kurtosis-ranks-w8a8")
     assert ranked == "over methods, the rank correlation of neuron kurtosis and W8A8 cost is"
     for id, claim in claims.items():

@@ -35,8 +35,12 @@ def records_of_03_quant(corpus):
 
 # notebook -> (stand-ins that it loads, its parameters besides scale; CORPUS is a text, what writes its records)
 CORPUS = "{corpus}"
+BERT = "google-bert/bert-base-uncased"
+PYTHIA = tuple(f"EleutherAI/pythia-{size}" for size in ("70m", "160m", "410m"))
 ENTRIES = {
-    "03_quant": ((), {"steps": 8, "corpus": CORPUS}, records_of_03_quant),
+    "00_start_here": ((BERT,), {"sentences": 6}, no_records),
+    "01_pythia_kurtosis": ((*PYTHIA, "Salesforce/wikitext"), {"steps": 1}, no_records),
+    "03_quant": ((BERT,), {"steps": 8, "sentences": 3, "corpus": CORPUS}, records_of_03_quant),
 }
 
 

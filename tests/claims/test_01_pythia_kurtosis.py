@@ -1,0 +1,80 @@
+"""Every verdict of 01_pythia_kurtosis, computed once more from the points of its figures."""
+
+import ast
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FIGURES = ROOT / "figures" / "01_pythia_kurtosis"
+T_95_OF_9 = 1.8595  # Student's 95% quantile with eight degrees of freedom
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return pd.read_csv(FIGURES / "verdicts.csv", keep_default_na=False).set_index("id")
+
+
+@pytest.fixture(scope="module")
+def rules():
+    cells = json.loads((ROOT / "notebooks" / "01_pythia_kurtosis.ipynb").read_text())["cells"]
+    source = "".join(next(cell["source"] for cell in cells if cell["metadata"].get("tags") == ["parameters"]))
+    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+
+
+def ends(name, column):
+    """Per model, the means over streams at step 0 and at the last step."""
+    found = defaultdict(lambda: defaultdict(list))
+    for _, row in pd.read_csv(FIGURES / f"{name}.csv").iterrows():
+        found[row["size"], row["seed"]][row["step"]].append(row[column])
+    return [(mean(steps[0]), mean(steps[max(steps)])) for steps in found.values()]
+
+
+def rank_correlations():
+    points = pd.read_csv(FIGURES / "kurtosis_and_correlation.csv")
+    found = []
+    for _, model in points.groupby(["size", "seed"], sort=False):
+        ranks = model[["kurtosis - 1", "input_correlation_rms"]].rank()
+        found.append(ranks.corr().iloc[0, 1])
+    return found
+
+
+def judged(values, margin, ratio):
+    values = [math.log(value) for value in values] if ratio else values
+    reach = T_95_OF_9 * stdev(values) / len(values) ** 0.5
+    back = math.exp if ratio else float
+    low, high = back(mean(values) - reach), back(mean(values) + reach)
+    return "holds" if low > margin else "does not hold" if high < margin else "not testable"
+
+
+def test_every_verdict_follows_from_the_points_of_the_figures(committed, rules):
+    kurtosis, ratio, correlation = (
+        ends(*of)
+        for of in (
+            ("kurtosis", "kurtosis - 1"),
+            ("max_median_ratio", "max_median_ratio"),
+            ("input_correlation", "input_correlation"),
+        )
+    )
+    expected = {
+        "he2024-pythia-kurtosis": ([last / first for first, last in kurtosis], rules["factor"], True),
+        "he2024-pythia-mmr": ([last / first for first, last in ratio], rules["ratio_factor"], True),
+        "he2024-pythia-correlation": (
+            [last - first for first, last in correlation],
+            rules["correlation_rise"],
+            False,
+        ),
+        "he2024-pythia-signal": (rank_correlations(), rules["rank_margin"], False),
+    }
+    assert set(expected) == set(committed.index)
+    for id, (values, margin, of_logs) in expected.items():
+        row = committed.loc[id]
+        ours = sorted(float(value) for value in row["values"].split())
+        assert ours == pytest.approx(sorted(values), rel=1e-3, abs=1e-4), id
+        assert row["n"] == 9 and row["margin"] == margin
+        assert row["verdict"].split(":")[0].startswith(judged(values, margin, of_logs)), id
