@@ -90,7 +90,7 @@ def test_a_command_line_error_is_one_line_and_exit_code_one():
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: unknown recipe '03_qaunt' (did you mean '03_quant'?); known: 03_quant, ")
+    assert line.startswith("error: unknown recipe '03_qaunt' (did you mean '03_quant'?); known: ")
 
 
 # ------------------------------------------------------------------------------------ set-up files
