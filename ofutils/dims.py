@@ -1,0 +1,136 @@
+"""Outlier dimensions: found by the parameters of LayerNorms or by activation, and switched off.
+
+Norms are named by their sites (`norm2` in every block, `blocks.3.norm2`, `embed_norm`, ...), in `Transformer`
+and in any Hugging Face model that `families.with_sites` reads. In a post-norm BERT `norm2` is the output
+LayerNorm of each block; the norm of an MLM head is called `head.norm` and is taken only when asked for.
+"""
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ofutils import UserError, params
+from ofutils.probes import Measurement, Place, resolve
+
+#: Every norm of the body of a model, wherever it has one.
+ALL_NORMS = ("embed_norm", "norm1", "norm2", "norm_final")
+
+
+def norms(model: nn.Module, where: str | Iterable[str] = "norm2") -> dict[str, nn.Module]:
+    """The norms at these sites, by site name, in the model's order.
+
+    Args:
+        model: with sites: a `Transformer`, or what `families.with_sites` returns.
+        where: site names or patterns, and `head.norm` for the norm of an MLM head. Of `ALL_NORMS` those that
+            the model lacks are left out.
+
+    Raises:
+        UserError: a model without a norm at these sites, or an unknown site.
+    """
+    patterns = [where] if isinstance(where, str) else list(where)
+    wanted = [pattern for pattern in patterns if pattern != "head.norm"]
+    if set(wanted) == set(ALL_NORMS):
+        known = {name.split(".")[-1] for name in model.sites()}
+        wanted = [pattern for pattern in wanted if pattern in known]
+    sites = model.sites()
+    found = {
+        name: sites[name].module if isinstance(sites[name], Place) else sites[name] for name in resolve(model, wanted)
+    }
+    if "head.norm" in patterns:
+        found["head.norm"] = getattr(getattr(model, "head", None), "norm", None)
+    found = {name: norm for name, norm in found.items() if getattr(getattr(norm, "weight", None), "ndim", 0) == 1}
+    params.require(len(found) > 0, f"no norm with parameters at {', '.join(patterns)}")
+    return found
+
+
+def counts(model: nn.Module, sigma: float = 3.0, where: str | Iterable[str] = "norm2") -> dict[str, Tensor]:
+    """In how many norms the parameter of a dimension lies far from the mean of its norm.
+
+    Far: more than `sigma` (unbiased) standard deviations of that parameter over the D dimensions, to either side.
+
+    Returns:
+        `weight` and `bias`: (D,) int64 each; no `bias` for norms without one (RMSNorm).
+
+    Source: puccetti2022, released code (after Kovaleva et al. 2021), which looks at the output LayerNorms only.
+    """
+    chosen, found = norms(model, where).values(), {}
+    for kind in ("weight", "bias"):
+        rows = [getattr(norm, kind) for norm in chosen if getattr(norm, kind, None) is not None]
+        if rows:
+            values = torch.stack([row.detach().double().cpu() for row in rows])  # (norms, D)
+            far = (values - values.mean(1, keepdim=True)).abs() > sigma * values.std(1, keepdim=True)
+            found[kind] = far.sum(0)
+    return found
+
+
+def by_weight(
+    model: nn.Module, sigma: float = 3.0, layers: int = 4, where: str | Iterable[str] = "norm2", top: int = 6
+) -> list[int]:
+    """Outlier dimensions by the rule of puccetti2022's code: far in weight, or in bias, of enough norms.
+
+    Of each parameter, the dimensions that are far (see `counts`) in at least `layers` norms are sorted by
+    that number. The two lists are dealt out in turn, weight first, as long as both have one left; of the
+    first `top` cards each dimension counts once. A dimension may thus come from one list alone, and where
+    one list is empty nothing is found.
+
+    Args:
+        sigma: 3 in the library of the authors, 2.5 in their GLUE script.
+        layers: 4 (of 12) with the authors.
+
+    Returns:
+        Dimensions in the order of the cards; at most `top`.
+    """
+    lists = []
+    for count in counts(model, sigma, where).values():
+        order = count.sort(descending=True, stable=True).indices.tolist()
+        lists.append([dim for dim in order if count[dim] >= layers])
+    cards = [dim for pair in zip(*lists, strict=False) for dim in pair]
+    return list(dict.fromkeys(cards[:top]))
+
+
+def by_activation(measured: Measurement, top: int = 2) -> list[int]:
+    """The dimensions with the largest |x| at any of the measured sites, largest first.
+
+    Args:
+        measured: from `probes.measure` with the meter `max_abs`.
+    """
+    largest = torch.stack([found.maxima["largest"] for found in measured.sites.values()])  # (sites, D)
+    return largest.amax(0).topk(top).indices.tolist()
+
+
+@contextmanager
+def ablated(model: nn.Module, dims: Iterable[int], where: str | Iterable[str] = "norm2"):
+    """Weight and bias of these dimensions set to zero in the named norms, for as long as the context is open.
+
+    In a post-norm model this makes the dimension zero for every token after that norm. Afterwards, also
+    after an exception, the parameters are what they were, to the bit. Nothing is trained in between.
+
+    Args:
+        dims: dimensions, 0 to D - 1.
+        where: as in `norms`; the default is the output LayerNorm of every block: 48 parameters of BERT-base for
+            two dimensions.
+
+    Yields:
+        How many parameters were set to zero.
+
+    Raises:
+        UserError: a dimension out of range, or no such norm.
+
+    Source: puccetti2022. Departure: the authors' function for BERT's MLM loss also hits the norm of the MLM
+    head, 52 parameters for two dimensions; that is `where=("norm2", "head.norm")` here.
+    """
+    dims = [int(dim) for dim in dims]
+    chosen = [parameter for norm in norms(model, where).values() for parameter in norm.parameters(recurse=False)]
+    width = min(parameter.numel() for parameter in chosen)
+    if bad := [dim for dim in dims if not 0 <= dim < width]:
+        raise UserError(f"dimension {bad[0]} is out of range: the norms have dimensions 0 to {width - 1}")
+    kept = [parameter.data.clone() for parameter in chosen]
+    try:
+        for parameter in chosen:
+            parameter.data[dims] = 0
+        yield len(chosen) * len(set(dims))
+    finally:
+        for parameter, value in zip(chosen, kept, strict=True):
+            parameter.data.copy_(value)
