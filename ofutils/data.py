@@ -24,21 +24,7 @@ from ofutils import NUMERICS, UserError, params
 from ofutils.records import write_atomically
 
 BUILT_IN = ("stdlib", "site-packages")
-TEXT_SUFFIXES = {
-    ".txt",
-    ".md",
-    ".rst",
-    ".py",
-    ".tex",
-    ".html",
-    ".json",
-    ".csv",
-    ".c",
-    ".h",
-    ".js",
-    ".java",
-    ".go",
-}
+TEXT_SUFFIXES = set(".txt .md .rst .py .tex .html .json .csv .c .h .js .java .go".split())
 _VALIDATION_SHARE = 20  # one document in 20
 _END = "<|endoftext|>"
 
@@ -220,12 +206,12 @@ def _encode(tokenizer, texts: list[str], vocab: int) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def docstrings(corpus: Corpus, count: int, longest: int = 200) -> list[str]:
+def docstrings(corpus: Corpus, count: int, each: int = 8, longest: int = 200) -> list[str]:
     """First sentences of docstrings in a corpus of Python source: plain English that every machine has.
 
     Args:
-        count: how many; documents are visited in an order that the hash of their names decides, and no
-            document gives more than 8.
+        count: how many; documents are visited in an order that the hash of their names decides.
+        each: from one document, at most.
         longest: in characters; longer and very short ones (under five words) are left out.
 
     Returns:
@@ -235,15 +221,10 @@ def docstrings(corpus: Corpus, count: int, longest: int = 200) -> list[str]:
         UserError: a corpus that does not have so many.
     """
     found: dict[str, None] = {}
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for _, text in sorted(corpus.documents, key=_order):
-        own = []
-        with suppress(SyntaxError, ValueError, RecursionError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the source that is read
-            for node in ast.walk(ast.parse(text)):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    paragraph = (ast.get_docstring(node) or "").partition("\n\n")[0]
-                    own.append(" ".join(paragraph.split()).partition(". ")[0])
-        found |= dict.fromkeys([one for one in own if len(one) <= longest and len(one.split()) >= 5][:8])
+        own = [_sentence(node) for node in _nodes(text, kinds)]
+        found |= dict.fromkeys([one for one in own if len(one) <= longest and len(one.split()) >= 5][:each])
         if len(found) >= count:
             return list(found)[:count]
     raise UserError(f"corpus {corpus.source!r} has {len(found)} sentences in docstrings, {count} are asked for")
@@ -251,6 +232,61 @@ def docstrings(corpus: Corpus, count: int, longest: int = 200) -> list[str]:
 
 def _order(document: tuple[str, str]) -> str:
     return hashlib.sha256(document[0].encode()).hexdigest()
+
+
+def pairs(corpus: Corpus, count: int, longest: int = 2000) -> list[tuple[str, str]]:
+    """Functions of a corpus of Python source, each as (first sentence of its docstring, its code without it).
+
+    Args:
+        count: how many; documents are visited as in `docstrings`, with at most 8 of each.
+        longest: characters of code.
+
+    Raises:
+        UserError: a corpus that does not have so many.
+    """
+    found: dict[str, str] = {}
+    for _, text in sorted(corpus.documents, key=_order):
+        own = {}
+        for node in _nodes(text, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            sentence = _sentence(node)
+            node.body = node.body[1:] or [ast.Pass()]
+            if len(sentence.split()) >= 5 and len(code := ast.unparse(node)) <= longest:
+                own[sentence] = code
+        found |= dict(list(own.items())[:8])
+        if len(found) >= count:
+            return list(found.items())[:count]
+    raise UserError(f"corpus {corpus.source!r} has {len(found)} functions with docstrings, {count} are asked for")
+
+
+def _nodes(text: str, kinds: tuple) -> list:
+    """The documented nodes of these kinds in Python source; none where it does not parse."""
+    with suppress(SyntaxError, ValueError, RecursionError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the source that is read
+        return [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds) and ast.get_docstring(node)]
+    return []
+
+
+def _sentence(node) -> str:
+    return " ".join(ast.get_docstring(node).partition("\n\n")[0].split()).partition(". ")[0]
+
+
+def mask_tokens(batch: dict[str, Tensor], tokenizer, seed: int, share: float = 0.15) -> tuple[dict, Tensor]:
+    """A batch for masked-token prediction: of the tokens that are not special, a share is to be predicted.
+
+    Of those, 80% become the mask token, 10% a random token, 10% stay (Devlin et al. 2019).
+
+    Returns:
+        The batch with other `input_ids`, and the labels (B, T): the true id where it is to be predicted, else -100.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = batch["input_ids"]
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    draw = torch.rand(ids.shape, generator=generator)
+    asked = (draw < share) & ~special & batch["attention_mask"].bool()
+    other = torch.randint(len(tokenizer), ids.shape, generator=generator)
+    masked = torch.where(asked & (draw < 0.8 * share), tokenizer.mask_token_id, ids)
+    masked = torch.where(asked & (draw >= 0.8 * share) & (draw < 0.9 * share), other, masked)
+    return batch | {"input_ids": masked}, torch.where(asked, ids, -100)
 
 
 def sentence_batches(tokenizer, sentences: list[str], batch: int = 16, longest: int = 64) -> list[dict[str, Tensor]]:
