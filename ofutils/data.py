@@ -24,7 +24,8 @@ from ofutils import NUMERICS, UserError, params
 from ofutils.records import write_atomically
 
 BUILT_IN = ("stdlib", "site-packages")
-TEXT_SUFFIXES = set(".txt .md .rst .py .tex .html .json .csv .c .h .js .java .go".split())
+_ENDINGS = "txt md rst py tex html json csv c h js java go"
+TEXT_SUFFIXES = {f".{ending}" for ending in _ENDINGS.split()}
 _VALIDATION_SHARE = 20  # one document in 20
 _END = "<|endoftext|>"
 
