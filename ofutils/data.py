@@ -301,6 +301,7 @@ def sentence_batches(tokenizer, sentences: list[str], batch: int = 16, longest: 
         Mappings of (batch, T) tensors, `input_ids` and `attention_mask` among them.
     """
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    params.require(tokenizer.pad_token is not None, "this tokenizer has no token to pad with")
     options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
     return [dict(tokenizer(sentences[i : i + batch], **options)) for i in range(0, len(sentences), batch)]
 
@@ -315,7 +316,7 @@ def encode(tokenizer, corpus: Corpus) -> np.ndarray:
         (N,) int64. No special tokens are added.
     """
     texts = [text for _, text in corpus.documents]
-    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return np.concatenate([np.array(row, np.int64) for row in rows])
 
 

@@ -203,7 +203,7 @@ def _fetch(download, name: str, revision: str, **request) -> Path:
 
 
 def _way_out(name: str) -> str:
-    return GET_MINILM if name == MINILM else "`-p scale small` works without it"
+    return GET_MINILM if name == MINILM else "`-p scale small` works without it, with the notebook's own model"
 
 
 @cache
@@ -272,8 +272,8 @@ def _read_model(build, folder: Path, name: str, revision: str, head: str | None,
                 output_loading_info=True,
             )
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
-        whole = folder.parents[1] if folder.parent.name == "snapshots" else folder  # of all revisions, in the cache
-        raise UserError(f"{what} is not readable; delete {whole} to fetch it again") from error
+        again = "delete that folder and the files that it links to, and it is fetched again where the Hub answers"
+        raise UserError(f"{what} is not readable or not complete in {folder}; {again}") from error
     except (ValueError, KeyError, ImportError) as error:
         wrong = f"transformers has no {HEADS[head]} for it (code out of a repository is never run)"
         wrong = f"no attention {attention!r} for it" if attention and attention in str(error) else wrong

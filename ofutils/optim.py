@@ -41,15 +41,16 @@ def make(
 ) -> torch.optim.Optimizer:
     """AdamW from torch, or SOAP, over the groups of `model`.
 
-    SOAP does not rotate the vocabulary side of the token embedding, as he2024's does not.
+    SOAP does not rotate the vocabulary side of the token embedding and of a head of its own, as he2024's does not.
     """
     parts = groups(model, weight_decay, decay_norm)
     if name == "adamw":
         return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=eps, fused=True)
     if name == "soap":
-        table = model.token_embedding.weight
-        rest = [parameter for parameter in parts[0]["params"] if parameter is not table]
-        own = {"params": [table], "weight_decay": weight_decay, "max_precondition_dim": table.shape[1]}
+        table, head = model.token_embedding.weight, getattr(getattr(model, "head", None), "weight", None)
+        tables = [table] if head is None else [table, head]
+        rest = [parameter for parameter in parts[0]["params"] if not any(parameter is one for one in tables)]
+        own = {"params": tables, "weight_decay": weight_decay, "max_precondition_dim": table.shape[1]}
         return SOAP([own, {**parts[0], "params": rest}, parts[1]], lr, betas, eps)
     raise UserError(f"unknown optimizer {name!r}{params.suggest(name, OPTIMIZERS)}; known: {', '.join(OPTIMIZERS)}")
 

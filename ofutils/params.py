@@ -239,7 +239,7 @@ def _injected(history) -> list[str]:
 def environment() -> dict:
     """Versions, device and threads: what a number may depend on besides its configuration."""
     found = {"numerics": NUMERICS, "python": platform.python_version(), "platform": platform.machine()}
-    for package in ("torch", "accelerate", "tokenizers", "numpy"):
+    for package in ("torch", "transformers", "accelerate", "tokenizers", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

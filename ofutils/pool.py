@@ -1,9 +1,10 @@
 """Many tasks, here or in local processes: what fails costs its own task, the rest is finished."""
 
 import multiprocessing
+import os
+import pickle
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -20,18 +21,21 @@ class Result:
     error: str | None = None
 
 
-def run(function: Callable, tasks: list, workers: int, progress: Callable[..., None]) -> list[Result]:
+def run(function: Callable, tasks: list, workers: int | None, progress: Callable[..., None]) -> list[Result]:
     """`function(task, report)` for every task.
 
     Args:
         function: importable by name; it may call `report(...)` as often as it likes.
         tasks: picklable, worked on in order.
-        workers: local processes with one torch thread each, which live on from task to task; 0 works here.
+        workers: local processes with one torch thread each, which live on from task to task; 0 works in this
+            process, None takes one per core (works in this process where there is a GPU).
         progress: called as `progress(index of the task, ...)` with what a task reports.
 
     Returns:
         One result per task, in order.
     """
+    if workers is None:
+        workers = 0 if torch.cuda.is_available() else os.cpu_count() or 1
     if workers == 0:
         return [_try(function, task, partial(progress, index)) for index, task in enumerate(tasks)]
     return _run_in_processes(function, tasks, min(workers, len(tasks)), progress)
@@ -40,7 +44,7 @@ def run(function: Callable, tasks: list, workers: int, progress: Callable[..., N
 def _try(function, task, report) -> Result:
     try:
         return Result(function(task, report))
-    except Exception:
+    except (Exception, SystemExit):
         return Result(error=traceback.format_exc())
 
 
@@ -58,8 +62,13 @@ def _run_in_processes(function, tasks, workers, progress) -> list[Result]:
     def assign(pipe, process):
         if waiting:
             busy[pipe] = (process, waiting.pop(0))
-            with suppress(BrokenPipeError):  # a dead worker shows at the end of its pipe
+            try:
                 pipe.send(tasks[busy[pipe][1]])
+            except BrokenPipeError:
+                pass  # a dead worker shows at the end of its pipe
+            except Exception:
+                results[busy.pop(pipe)[1]] = Result(error=f"cannot be sent to a process: {traceback.format_exc()}")
+                assign(pipe, process)
         else:
             pipe.close()  # the worker ends at the end of its pipe
 
@@ -94,6 +103,10 @@ def _work(function: Callable, pipe: Connection) -> None:
     torch.set_num_threads(1)
     try:
         while True:
-            pipe.send(_try(function, pipe.recv(), lambda *values: pipe.send(values)))
+            result = _try(function, pipe.recv(), lambda *values: pipe.send(values))
+            try:
+                pipe.send(result)
+            except (TypeError, AttributeError, pickle.PicklingError) as error:
+                pipe.send(Result(error=f"its result cannot be sent back: {error}"))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return

@@ -137,7 +137,8 @@ def measure(
     One pass, and no activation is kept. The model's mode is restored.
 
     Args:
-        batches: (B, T) token ids each, or mappings; padding (`attention_mask` 0) counts nowhere.
+        batches: (B, T) token ids each, or mappings; padding (`attention_mask` 0) counts nowhere,
+            but in `embed_positions`, whose rows are positions.
         patterns: sites to watch; `probs` gets `AttentionStatistics`, every other site `Statistics`.
         loss: (model output, batch) -> 0-d loss; without it the loss is nan.
         meters: names out of `streaming.METERS`.
@@ -160,6 +161,8 @@ def measure(
         with hooked(model, {name: lambda x, s=stats: s.add(x, real) for name, stats in statistics.items()}):
             for batch in batches:
                 batch, real = _moved(batch, device)
+                if real is not None and (keys := [name for name in statistics if name.split(".")[-1] == "scores"]):
+                    raise UserError(f"{keys[0]} holds scores of padding too: measure it on batches without padding")
                 output = run(model, batch)
                 losses.append(float(loss(output, batch)) if loss else float("nan"))
     finally:
@@ -173,20 +176,28 @@ def measure(
 
 @torch.no_grad()
 def embed(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """One vector per row: the mean over its tokens of the model's output, padding left out.
+    """One vector per row: the mean over its tokens of the model's output in evaluation mode, padding left out.
 
     Args:
-        model: without a head, so that its output is the last hidden state (B, T, D).
+        model: without a head, so that its output is the last hidden state (B, T, D). Its mode is restored.
 
     Returns:
-        (rows, D) float32 on the CPU.
+        (rows, D) float32 on the CPU; nan for a row of padding alone.
+
+    Raises:
+        UserError: no batches.
     """
-    found = []
-    for batch in batches:
-        output = run(model, batch)
-        mask = None if torch.is_tensor(batch) else batch.get("attention_mask")
-        weight = torch.ones_like(output[..., 0]) if mask is None else mask.to(output)  # (B, T)
-        found.append(((output * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)).float().cpu())
+    training, found = model.training, []
+    model.eval()
+    try:
+        for batch in batches:
+            output = run(model, batch).double()
+            mask = None if torch.is_tensor(batch) else batch.get("attention_mask")
+            weight = torch.ones_like(output[..., 0]) if mask is None else mask.to(output)  # (B, T)
+            found.append(((output * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)).float().cpu())
+    finally:
+        model.train(training)
+    params.require(len(found) > 0, "nothing to embed: no batches")
     return torch.cat(found)
 
 

@@ -36,8 +36,9 @@ class Grid:
 
     def round(self, x: Tensor) -> Tensor:
         """x rounded (half to even) and clipped to the grid, as floating point of the same dtype."""
-        integers = torch.clamp(torch.round(x / self.scale) + self.zero_point, self.low, self.high)
-        return self.scale * (integers - self.zero_point)
+        integers = torch.round(x.to(self.scale.dtype) / self.scale) + self.zero_point
+        integers = integers.clamp(self.low, self.high)
+        return (self.scale * (integers - self.zero_point)).to(x.dtype)
 
 
 def make_grid(low, high, bits: int, scheme: str, like: Tensor | None = None) -> Grid:
@@ -51,7 +52,7 @@ def make_grid(low, high, bits: int, scheme: str, like: Tensor | None = None) -> 
         low, high: numbers or tensors, in x's units: 0-d, or (asymmetric only) of a shape that broadcasts with x.
         bits: 2 to 16.
         scheme: `symmetric` or `asymmetric`.
-        like: a tensor whose dtype and device the grid takes; float32 otherwise.
+        like: a tensor whose device and dtype the grid takes, float32 at least and otherwise.
 
     Source: bondarenko2023, Eq 1, with the released code's handling of edge cases.
     """
@@ -59,7 +60,9 @@ def make_grid(low, high, bits: int, scheme: str, like: Tensor | None = None) -> 
         raise UserError(f"unknown scheme {scheme!r}{params.suggest(scheme, SCHEMES)}; known: {', '.join(SCHEMES)}")
     if not 2 <= bits <= 16:
         raise UserError(f"bits must lie between 2 and 16, got {bits}")
-    options = {"dtype": like.dtype, "device": like.device} if like is not None else {"dtype": torch.float32}
+    options = {"dtype": torch.float32}
+    if like is not None:
+        options = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     low = torch.as_tensor(low, **options).clamp(max=0.0)
     high = torch.as_tensor(high, **options).clamp(min=1e-8)
     if scheme == "asymmetric":
@@ -204,7 +207,8 @@ class QuantSettings:
     momentum: float = 0.9  # of the running ranges of activations
     percentile: float = 100.0  # of activations; 100 is min-max
     batches: int = 16  # calibration batches
-    granularity: str = "tensor"  # of activations: tensor | channel (both static) | token (each from its own values)
+    # of activations: tensor | channel (both static; of q_norm and k_norm the K channels that heads share) | token
+    granularity: str = "tensor"
     skip: tuple[str, ...] = ()  # activations left in full precision, such as the residual sums resid_mid, resid_post
 
     def __post_init__(self):
@@ -237,13 +241,17 @@ Ranges = dict[str, Ends]
 
 def _activation_sites(model: Transformer, settings: QuantSettings) -> list[str]:
     """Each tensor once: a norm that is not there adds no second rounding of the stream."""
-    chosen, gated = [], not model.config.causal  # the authors round BERT's context after the gate, OPT's before
+    rounded, gated = {}, not model.config.causal  # the authors round BERT's context after the gate, OPT's before
     for name, module in model.sites().items():
         kind = name.split(".")[-1]
-        rounded = kind in _ACTIVATIONS or (kind in _NORMS and not isinstance(module, nn.Identity))
-        if rounded and kind not in settings.skip and kind != ("context" if gated else "gated"):
-            chosen.append(name)
-    return chosen
+        there = kind in _ACTIVATIONS or (kind in _NORMS and not isinstance(module, nn.Identity))
+        if there and kind != ("context" if gated else "gated"):
+            rounded[name] = kind
+    for kind in set(settings.skip) - set(rounded.values()):
+        raise UserError(
+            f"skip: {kind} is not rounded in this model; rounded: {', '.join(sorted(set(rounded.values())))}"
+        )
+    return [name for name, kind in rounded.items() if kind not in settings.skip]
 
 
 def _weights(model: Transformer) -> dict[str, nn.Parameter]:
@@ -357,7 +365,8 @@ def quantized(model: Transformer, settings: QuantSettings, ranges: Ranges):
         return function
 
     sites = _activation_sites(model, settings)
-    if missing := [site for site in sites if not own and site not in ranges]:
-        raise UserError(f"no range for site {missing[0]}: calibrate this model first")
+    needed = [*_weights(model), *_embeddings(model), *([] if own else sites)]
+    if missing := [name for name in needed if name not in ranges]:
+        raise UserError(f"no range for {missing[0]}: calibrate this model with these settings first")
     with _rounded_weights(model, settings, ranges), hooked(model, {site: rounded(site) for site in sites}):
         yield model

@@ -57,9 +57,15 @@ def _judged(root: Path, notebook: str) -> dict[str, dict]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         scale = json.loads(path.with_suffix(".json").read_text())["scale"]
         missing = [column for column in reference.TABLE if column not in table]
+        if not missing:
+            table = table.astype(dict.fromkeys(("margin", "n"), float)).astype({"n": int})
+            table[["ours", "low", "high"]] = table[["ours", "low", "high"]].replace("", "nan").astype(float)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} or the .json beside it is not readable; execute {notebook} again") from error
     params.require(not missing, f"{path} has no column {', '.join(missing)}; execute {notebook} again")
+    known = {claim.id for claim in reference.claims(notebook)}
+    unknown = sorted(set(table["id"]) - known - {""})
+    params.require(not unknown, f"{path} judges {', '.join(unknown)}, which no claim of {notebook} is called")
     return {row["id"]: row | {"scale": scale} for row in table.to_dict("records") if row["id"]}
 
 
@@ -69,9 +75,8 @@ def _row(claim: reference.Claim, found: dict | None) -> dict:
     row |= {"n": 0, "scale": "", "verdict": NOT_RUN, "notebook": claim.notebook}
     if found:
         number = claim.numbers if found["paper"] == reference.NO_NUMBER else found["paper"]
-        values = {name: float(found[name] or "nan") for name in ("ours", "low", "high")}
-        row |= values | {"number": number, "rule": claim.rule_at(float(found["margin"])), "n": int(found["n"])}
-        row |= {"scale": found["scale"], "verdict": found["verdict"]}
+        row |= {"number": number, "rule": claim.rule_at(found["margin"])}
+        row |= {name: found[name] for name in ("ours", "low", "high", "n", "scale", "verdict")}
     return row
 
 

@@ -1,5 +1,6 @@
-"""The state of a broken training: written whole, read back to the bit."""
+"""Weights and the state of a broken training: written whole, read back to the bit."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,18 @@ class State:
     loss_count: int = 0
     log: list = field(default_factory=list)
     diverged: int | None = None
+
+
+def log_spaced(last: int) -> tuple[int, ...]:
+    """0, 1, 2, 4, 8, ... and the last step."""
+    return (0, *(1 << power for power in range(last.bit_length()) if 1 << power < last), last)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Twelve hexadecimal digits of the model's middle matrix: equal for checkpoints that are copies of each other."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    middle = matrices[len(matrices) // 2].detach().float().cpu().contiguous()
+    return hashlib.sha256(middle.numpy().tobytes()).hexdigest()[:12]
 
 
 def save_weights(path: Path, model: nn.Module) -> None:

@@ -70,7 +70,9 @@ class Statistics:
         """
         tokens = x.detach()[:, None] if x.ndim == 2 else x.detach().flatten(1, -2)  # (B, T, D)
         mask = None if mask is None or x.ndim == 2 else _spread(mask, x)
-        step = max(1, _CHUNK // tokens.shape[1])
+        before = len(self.sums["squares"]) if "squares" in self.sums else x.shape[-1]
+        params.require(x.shape[-1] == before, f"a site of width {before} now has width {x.shape[-1]}")
+        step = max(1, _CHUNK // max(1, tokens.shape[1]))
         exact = torch.promote_types(x.dtype, torch.float32)
         for start in range(0, len(tokens), step):
             part, real = tokens[start : start + step].to(exact), None
@@ -79,7 +81,8 @@ class Statistics:
                 filled = real.any(1)  # a row of padding alone is no row
                 part, real = part[filled].masked_fill(~real[filled][..., None], 0), real[filled]
             if part.numel():
-                self._take(part, real)
+                with torch.autocast(x.device.type, enabled=False):  # products of matrices stay exact
+                    self._take(part, real)
 
     def _take(self, x: Tensor, mask: Tensor | None) -> None:
         """One chunk, (b, T, D), zero where the mask (b, T) is false."""
@@ -91,7 +94,7 @@ class Statistics:
         if self._groups & {"means", "moments"}:
             means = flat.mean(1)
         if "means" in self._groups:
-            self._sum(mean_products=means @ flat, mean_squares=means.double().square().sum())
+            self._sum(centred_squares=(flat - means[:, None]).square_().sum(0))
         if self._groups & {"extremes", "medians"}:
             size = flat.abs()
             peaks = size.amax(1)  # (n,)
@@ -106,8 +109,11 @@ class Statistics:
             self._take_moments(x, mask, flat, means)
         if "gram" in self._groups:
             lengths = norms.sqrt().clamp(min=torch.finfo(norms.dtype).tiny)
+            probe = flat @ _probe(flat)  # (n,)
             self._sum(gram=_upper_gram(flat), total=flat.sum(0), directions=lengths.reciprocal() @ flat)
             self._sum(unit_squares=(norms / lengths.square()).double().sum(), fourth=norms.double().square().sum())
+            self._sum(probed=probe @ flat)
+            self._max(eps=norms.new_tensor(torch.finfo(norms.dtype).eps))
 
     def _take_moments(self, x: Tensor, mask: Tensor | None, flat: Tensor, means: Tensor) -> None:
         deviations = flat - means[:, None]
@@ -136,15 +142,20 @@ class Statistics:
         for name, part in parts.items():
             part = torch.as_tensor(part)
             part = part if name.startswith("outliers") else part.double()
-            self.sums[name] = part if name not in self.sums else _added(self.sums[name], part)
+            before = self.sums.get(name)
+            if before is not None and name == "outliers_by_position":  # rows may differ in length
+                longest = max(len(before), len(part))
+                before, part = (torch.nn.functional.pad(one, (0, longest - len(one))) for one in (before, part))
+            self.sums[name] = part if before is None else before + part
 
     def _max(self, **parts: Tensor) -> None:
         for name, part in parts.items():
             self.maxima[name] = torch.maximum(self.maxima[name], part) if name in self.maxima else part
 
     def merge(self, other: "Statistics") -> "Statistics":
-        """The statistics of both parts together."""
-        whole = Statistics(self.meters, {k: v.clone() for k, v in self.sums.items()}, dict(self.maxima))
+        """The statistics of both parts together. Raises UserError where they are of other meters."""
+        params.require(self._groups == other._groups, "statistics of other meters cannot be merged")
+        whole = Statistics(self.meters, dict(self.sums), dict(self.maxima))
         whole._sum(**other.sums)
         whole._max(**other.maxima)
         return whole
@@ -170,10 +181,17 @@ class Statistics:
         `tensor_kurtosis` is the mean over sequences and `token_kurtosis` over tokens; `inf_norm` the mean
         over sequences of max |x|, `max_abs` the largest entry seen; `outlier_share` the share of
         entries beyond six sigma of their sequence; `max_median_ratio` the mean over tokens and
-        `largest_max_median_ratio` the maximum (he2024, Figure 17). `identity_error` is the relative gap
-        in he2024's Eq 5, N^2 D Kurt + sum of squared feature correlations = sum of squared input
-        correlations, whose sides come from different sums here: far below 1e-4, or a number cannot be trusted.
+        `largest_max_median_ratio` the maximum (he2024, Figure 17). `identity_error` says
+        how far the D x D matrix behind the correlations is from sums taken another way: its diagonal from the
+        squares, and its product with a fixed vector from that product taken token by token. Far below 1e-4, or
+        the correlations cannot be trusted. (Both sides of he2024's Eq 5, N^2 D Kurt + sum of squared feature
+        correlations = sum of squared input correlations, are read from that matrix.) `input_correlation_rms`
+        is nan where one token outweighs all others so far that rounding hides the rest.
+
+        Raises:
+            UserError: nothing was added yet.
         """
+        params.require(self.rows > 0, "no statistics: nothing was added")
         found = {name: value for group in self._groups for name, value in getattr(self, f"_read_{group}")().items()}
         return {name: float(found[name]) for name in self.meters}
 
@@ -182,10 +200,9 @@ class Statistics:
         return {"rms": squares.mean().sqrt(), "neuron_kurtosis": squares.square().mean() / squares.mean().square()}
 
     def _read_means(self):
-        s, width = self.sums, len(self.sums["squares"])
-        squares = s["squares"] - 2 * s["mean_products"] + s["mean_squares"]  # (D,): of the centred tokens
+        squares = self.sums["centred_squares"]  # (D,)
         kurtosis = squares.square().mean() / squares.mean().square()
-        return {"logged_kurtosis": width / (width - 1) * (kurtosis - 1)}
+        return {"logged_kurtosis": len(squares) * (kurtosis - 1) / max(1, len(squares) - 1)}
 
     def _read_extremes(self):
         return {"inf_norm": self.sums["row_maxima"] / self.sums["rows"], "max_abs": self.maxima["largest"].max()}
@@ -205,16 +222,21 @@ class Statistics:
     def _read_gram(self):
         s, n, width = self.sums, self.sums["tokens"], len(self.sums["squares"])
         upper = s["gram"].triu()
-        energy = 2 * upper.square().sum() - upper.diagonal().square().sum()  # |X^T X|^2 = |X X^T|^2
-        features = energy - upper.diagonal().square().sum()
-        kurtosis = n**2 * width * self._read_squares()["neuron_kurtosis"] * (s["squares"].sum() / (n * width)) ** 2
-        size = s["squares"].sum() / n  # D m_2
+        diagonal = upper.diagonal()
+        energy = 2 * upper.square().sum() - diagonal.square().sum()  # |X^T X|^2 = |X X^T|^2
+        others = energy - s["fourth"]  # the same without the pairs of a token with itself
+        others = others if others > 10 * self.maxima["eps"] * energy else others * float("nan")
+        probe = _probe(upper)
+        probed = upper @ probe + upper.triu(1).T @ probe
+        gaps = [(diagonal - s["squares"]).norm() / s["squares"].norm(), (probed - s["probed"]).norm() / probed.norm()]
+        pairs, size = n * (n - 1), s["squares"].sum() / n  # size: D m_2
         return {
-            "input_correlation": (s["total"].square().sum() - s["squares"].sum()) / (n * (n - 1)) / size,
-            "input_correlation_rms": ((energy - s["fourth"]).clamp(min=0) / (n * (n - 1))).sqrt() / size,
-            "feature_correlation_rms": (features / (width * (width - 1))).sqrt() / (n * size / width),
-            "identity_error": (kurtosis + features - energy).abs() / energy,
-            "anisotropy": (s["directions"].square().sum() - s["unit_squares"]) / (n * (n - 1)),
+            "input_correlation": (s["total"].square().sum() - s["squares"].sum()) / pairs / size,
+            "input_correlation_rms": (others / pairs).sqrt() / size,
+            "feature_correlation_rms": ((energy - diagonal.square().sum()) / (width * (width - 1))).sqrt()
+            / (n * size / width),
+            "identity_error": max(gaps),
+            "anisotropy": (s["directions"].square().sum() - s["unit_squares"]) / pairs,
         }
 
 
@@ -227,15 +249,24 @@ class AttentionStatistics:
     @torch.no_grad()
     def add(self, probs: Tensor, mask: Tensor | None = None) -> None:
         """Take in (B, H, T, T), rows are queries; queries that the mask (B, T) calls padding do not count."""
-        entropy = torch.special.entr(probs.float()).sum(-1).double()  # (B, H, T)
-        real = torch.ones_like(entropy[:, 0], dtype=torch.bool) if mask is None else mask.to(probs.device)
+        exact = torch.promote_types(probs.dtype, torch.float32)
+        entropy = torch.special.entr(probs.to(exact)).sum(-1).double()  # (B, H, T)
+        fits = mask is None or mask.shape == entropy[:, 0].shape
+        params.require(
+            fits, f"a mask of shape {tuple(mask.shape) if not fits else ''} does not fit the probabilities"
+        )
+        real = torch.ones_like(entropy[:, 0], dtype=torch.bool) if mask is None else mask.bool().to(probs.device)
         entropy = entropy.masked_fill(~real[:, None], 0).sum((0, 2))
-        parts = {"rows": torch.tensor(len(probs)), "queries": real.sum(), "entropy": entropy}
-        self.sums = {name: self.sums.get(name, 0) + part for name, part in parts.items()}
+        self._sum({"rows": torch.tensor(len(probs)), "queries": real.sum(), "entropy": entropy})
+
+    def _sum(self, parts: dict[str, Tensor]) -> None:
+        self.sums = self.sums | {name: self.sums.get(name, 0) + part for name, part in parts.items()}
 
     def merge(self, other: "AttentionStatistics") -> "AttentionStatistics":
         """The statistics of both parts together."""
-        return AttentionStatistics({name: self.sums.get(name, 0) + part for name, part in other.sums.items()})
+        whole = AttentionStatistics(self.sums)
+        whole._sum(other.sums)
+        return whole
 
     @property
     def rows(self) -> int:
@@ -294,11 +325,7 @@ def _upper_gram(flat: Tensor, strip: int = 256) -> Tensor:
     return gram
 
 
-def _added(a: Tensor, b: Tensor) -> Tensor:
-    """a + b; of two lists of positions the shorter is filled up with zeros."""
-    if a.ndim and len(a) != len(b):
-        longer, shorter = (a, b) if len(a) > len(b) else (b, a)
-        longer = longer.clone()
-        longer[: len(shorter)] += shorter
-        return longer
-    return a + b
+def _probe(like: Tensor) -> Tensor:
+    """A fixed vector (D,) without a pattern, of the dtype and on the device of `like` (..., D)."""
+    place = torch.arange(1, like.shape[-1] + 1, dtype=torch.float64, device=like.device)
+    return (place.square() * 0.7548776662).cos().to(like.dtype)

@@ -8,7 +8,6 @@ command read the same one, so a machine without Jupyter can do the work and the 
     flags: --scale, --steps, --seeds, --corpus, --workers, --grid, --export (write to figures/records)
 """
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +20,7 @@ from ofutils import UserError, data, families, hub, params, pool, train
 from ofutils.probes import measure
 from ofutils.quant import QuantSettings, calibrate, quantized
 from ofutils.records import differing
+from ofutils.resume import weights_digest
 from ofutils.streaming import STANDARD
 from ofutils.train import Published, Run, TrainConfig
 from ofutils.transformer import clm_loss
@@ -52,6 +52,9 @@ class Job:
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self):
+        if self.published:
+            params.require(not self.settings, "published checkpoints are measured, not quantized")
+            params.require(len(self.config.steps) > 0, f"{self.config.name}: no checkpoints to measure")
         labels = [one.label for one in self.settings]
         params.require(len(set(labels)) == len(labels), f"two quantization settings of a job are called {labels}")
 
@@ -73,11 +76,6 @@ class Job:
         if self.published:
             return self.config.steps
         return train.log_spaced(self.config.steps) if self.evaluation.over_training else ()
-
-    @property
-    def size(self) -> int:
-        """What the progress bar counts: steps, or checkpoints where nothing is trained."""
-        return len(self.config.steps) if self.published else self.config.steps
 
 
 @dataclass(frozen=True)
@@ -112,12 +110,17 @@ def _read(job: Job, run: Run | None, results: list[dict]) -> Outcome:
 def recall(job: Job) -> Outcome | None:
     """The outcome of a job from its records alone, or None where one is missing."""
     run = None if job.published else train.find(job.config)
-    if run is None and not job.published:
-        return None
     if run and run.diverged:
         return Outcome(job, run, error=f"diverged at step {run.diverged}")
-    found = [train.store().find(*entry) for entry in _entries(job)]
-    return None if None in found else _read(job, run, [record["result"] for record in found])
+    found = [train.store().find(*entry) for entry in _entries(job)] if run or job.published else [None]
+    if None in found or (job.published and not _of_one_text(job, found)):
+        return None
+    return _read(job, run, [record["result"] for record in found])
+
+
+def _of_one_text(job: Job, records: list[dict]) -> bool:
+    here = {data.load_corpus(job.evaluation.text).sha256} if job.evaluation.text else set()
+    return len(here | {record["environment"]["corpus"] for record in records}) == 1
 
 
 def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Outcome:
@@ -128,7 +131,7 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     if known := recall(job):
         return known
     if job.published:
-        evaluation, corpus = held_out(job)
+        evaluation, corpus = _held_out(job)
         return _read(job, None, _over_training(job, evaluation, {"corpus": corpus}, report))
     keep = job.evaluation.over_training
     run = train.train(job.config, report=report, keep=keep)
@@ -137,13 +140,13 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     tokens, context = train.load_tokens(job.config), job.config.model.context
     trained_on = run.record["environment"]["corpus"]
     params.require(trained_on == tokens.corpus, f"{run.config.name} was trained on another corpus than is here")
-    if not run.has_weights or not all(train.kept(job.config, step).is_file() for step in job.checkpoints):
+    if not run.has_weights:
         run = train.train(job.config, report=report, again=True, keep=keep)
     model = run.load()
     evaluation = data.fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, context)
     store, environment = train.store(), params.environment() | {"corpus": tokens.corpus}
     first, *others = _entries(job)
-    results = [measure(model, evaluation, job.evaluation.sites, clm_loss, job.evaluation.meters).summary()]
+    results = [_measured(model, evaluation, job.evaluation)]
     store.write(*first, results[0], environment)
     for settings, entry in zip(job.settings, others, strict=False):
         drawn = data.Batches(tokens.train, job.evaluation.batch, context, seed=10_000 + job.config.seed)
@@ -154,7 +157,11 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     return _read(job, run, results + _over_training(job, evaluation, {"corpus": tokens.corpus}))
 
 
-def held_out(job: Job) -> tuple[list, str]:
+def _measured(model, batches: list, asked: Evaluation) -> dict:
+    return measure(model, batches, asked.sites, clm_loss, asked.meters).summary()
+
+
+def _held_out(job: Job) -> tuple[list, str]:
     """Batches of held-out text for published checkpoints, in the tokens of their model, and the text's sha256."""
     one = job.evaluation
     corpus = data.load_corpus(one.text or str(hub.text(*HELD_OUT)))
@@ -166,13 +173,13 @@ def _over_training(job: Job, batches: list, environment: dict, report=None) -> l
     """Measure every checkpoint that has no record yet, and write one each."""
     store, results, entries = train.store(), [], _entries(job)
     for entry, step in zip(entries[len(entries) - len(job.checkpoints) :], job.checkpoints, strict=True):
-        if (record := store.find(*entry)) is None:
+        record = store.find(*entry)
+        if record is None or record["environment"]["corpus"] != environment["corpus"]:
             ((_, model),) = train.checkpoints(job.config, (step,))
-            found = measure(
-                families.with_sites(model), batches, job.evaluation.sites, clm_loss, job.evaluation.meters
-            ).summary()
-            result = {"step": step, "weights": train.weights_digest(model), **found}
-            record = store.write(*entry, result, params.environment() | environment)
+            found = _measured(families.with_sites(model), batches, job.evaluation)
+            commit = {"commit": getattr(model.config, "commit", "")} if job.published else {}
+            result = {"step": step, "weights": weights_digest(model), **found}
+            record = store.write(*entry, result, params.environment() | environment | commit)
         results.append(record["result"])
         if report:
             report(len(results), record["result"]["loss"])
@@ -184,8 +191,7 @@ def run(jobs: list[Job], workers: int | None = None) -> list[Outcome]:
 
     Args:
         jobs: performed or recalled in order.
-        workers: local processes with one thread each; 0 works in this process, None takes one per core
-            (in this process where there is a GPU).
+        workers: local processes, see `pool.run`.
 
     Returns:
         One outcome per job, in order. Failed ones have `error` set.
@@ -193,13 +199,9 @@ def run(jobs: list[Job], workers: int | None = None) -> list[Outcome]:
     recalled = {index: recall(job) for index, job in enumerate(jobs)}
     outcomes = {index: outcome for index, outcome in recalled.items() if outcome}
     todo = [index for index, outcome in recalled.items() if not outcome]
-    if workers is None:
-        workers = 0 if params.device().type == "cuda" else os.cpu_count() or 1
-    if workers:  # tokens are cached on disk before the processes ask for them
-        configs = (jobs[index].config for index in todo if not jobs[index].published)
-        for config in {(c.corpus, c.characters, c.model.vocab): c for c in configs}.values():
-            with suppress(UserError):  # its own run reports it
-                train.load_tokens(config)
+    for config in {jobs[index].config for index in todo if not jobs[index].published}:
+        with suppress(UserError):  # its own run reports it
+            train.load_tokens(config)  # cached on disk, before processes ask for them
     done: dict[int, int] = {}
 
     def progress(place, step, loss):
@@ -207,8 +209,8 @@ def run(jobs: list[Job], workers: int | None = None) -> list[Outcome]:
         bar.set_postfix_str(f"{jobs[todo[place]].label}: loss {loss:.3f}", refresh=False)
         bar.update(sum(done.values()) - bar.n)
 
-    total = sum(jobs[index].size for index in todo)
-    with tqdm(total=total, unit="step", mininterval=5, leave=False, disable=not todo) as bar:
+    sizes = (len(jobs[i].checkpoints) if jobs[i].published else jobs[i].config.steps for i in todo)
+    with tqdm(total=sum(sizes), unit="step", mininterval=5, leave=False, disable=not todo) as bar:
         results = pool.run(perform, [jobs[index] for index in todo], workers, progress)
     for index, result in zip(todo, results, strict=True):
         outcomes[index] = result.value or Outcome(jobs[index], error=result.error)
@@ -238,9 +240,8 @@ class Recipe:
         jobs = list(self.grid if grid else self.jobs)
         params.require(len(jobs) > 0, f"{self.name} has no {'grid' if grid else 'runs'} at scale {self.scale}")
         here = self.scale in ("tiny", "small") or params.device().type != "cpu"
-        if not (here or all(job.published for job in jobs)) and (
-            missing := [job for job in jobs if recall(job) is None]
-        ):
+        missing = [] if here else [job for job in jobs if not job.published and recall(job) is None]
+        if missing:
             raise UserError(
                 f"{self.name} at scale {self.scale} needs a GPU: {len(missing)} of {len(jobs)} runs have "
                 f"no record here, e.g. {missing[0].label}; scales that work without: tiny, small"
@@ -279,10 +280,8 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
     if "published" in chosen:  # nothing is trained: checkpoints are measured, up to the step asked for
         evaluation = params.build(Evaluation, chosen["evaluation"] | ({"text": corpus} if corpus else {}))
         at = tuple(step for step in chosen["checkpoints"] if step <= (steps or step))
-        jobs = (
-            Job(method, Published(hub_name, at), (), evaluation) for method, hub_name in chosen["published"].items()
-        )
-        return Recipe(name, scale, tuple(jobs), (), 0)
+        sources = {method: Published(where, at) for method, where in chosen["published"].items()}
+        return Recipe(name, scale, tuple(Job(m, one, (), evaluation) for m, one in sources.items()), (), 0)
     override = ({"steps": steps} if steps else {}) | ({"corpus": corpus} if corpus else {})
     base = chosen["base"] | override
     params.require(base.get("corpus") != "", f"{name} at scale {scale} needs a text to train on: name it with corpus")
@@ -332,15 +331,15 @@ def main(arguments: list[str]) -> None:
             costs = "".join(f", {k} {v - outcome.measured['loss']:+.4f}" for k, v in outcome.quantized.items())
             print(f"{outcome.job.label}: loss {outcome.measured['loss']:.4f}{costs}")
     if command.export:
-        print(f"records written to {export(outcomes, '.'.join([recipe.name, scale] + ['grid'] * command.grid))}")
+        print("records written to", export(outcomes, f"{recipe.name}.{scale}" + ".grid" * command.grid))
     sys.exit(int(any(outcome.error for outcome in outcomes)))
 
 
 def export(outcomes: list[Outcome], name: str):
     """Write the records behind outcomes as JSON lines under figures/records; returns the path."""
     store, records = train.store(), []
-    for outcome in (outcome for outcome in outcomes if outcome.run):
-        records += [outcome.run.record, *(store.find(*entry) for entry in _entries(outcome.job))]
+    for outcome in outcomes:
+        records += [outcome.run and outcome.run.record, *(store.find(*entry) for entry in _entries(outcome.job))]
     return store.export([record for record in records if record], name)
 
 

@@ -164,7 +164,7 @@ def test_a_corrupt_file_is_named_with_the_folder_to_delete(copied, file):
     content = (copied / file).read_bytes()
     (copied / file).unlink()
     (copied / file).write_bytes(content[: len(content) // 2])
-    assert f"is not readable; delete {copied.parents[1]} to" in one_line(hub.model, "openai-community/gpt2")
+    assert f"is not readable or not complete in {copied}; delete" in one_line(hub.model, "openai-community/gpt2")
 
 
 def test_a_repository_with_pickled_weights_is_refused(copied):

@@ -236,3 +236,56 @@ def test_anisotropy_of_equal_and_of_opposite_tokens():
     token = torch.tensor([1.0, 2.0, 3.0])
     assert metrics.anisotropy(torch.stack([token, 5 * token])) == pytest.approx(1)
     assert metrics.anisotropy(torch.stack([token, -token])) == pytest.approx(-1)
+
+
+def test_the_identity_error_sees_a_wrong_matrix():
+    statistics = Statistics(all_meters())
+    statistics.add(outlying())
+    assert statistics.summary()["identity_error"] < 1e-12
+    statistics.sums["gram"][2, 7] *= 1.5
+    assert statistics.summary()["identity_error"] > 1e-6
+
+
+def test_a_token_that_outweighs_all_others_gives_nan_and_no_wrong_number():
+    x = activations(8, (1, 512, 32)).float()
+    x[0, 0] *= 1e5
+    single, double = Statistics(("input_correlation_rms",)), Statistics(("input_correlation_rms",))
+    single.add(x)
+    double.add(x.double())
+    assert single.summary()["input_correlation_rms"] != single.summary()["input_correlation_rms"]
+    assert double.summary()["input_correlation_rms"] == pytest.approx(
+        float(metrics.input_correlation(x)[1]), rel=1e-3
+    )
+
+
+def test_a_large_mean_over_the_width_does_not_spoil_the_logged_kurtosis():
+    x = (activations(9, (4, 64, 96)) + 1e4).float()
+    statistics = Statistics(("logged_kurtosis",))
+    statistics.add(x)
+    assert statistics.summary()["logged_kurtosis"] == pytest.approx(float(metrics.logged_kurtosis(x)), rel=1e-2)
+
+
+def test_what_does_not_belong_together_is_not_added_or_merged():
+    statistics = Statistics(("rms",))
+    with pytest.raises(UserError, match="nothing was added"):
+        statistics.summary()
+    statistics.add(activations(shape=(2, 5, 8)))
+    with pytest.raises(UserError, match="a site of width 8 now has width 16"):
+        statistics.add(activations(shape=(2, 5, 16)))
+    with pytest.raises(UserError, match="other meters"):
+        statistics.merge(Statistics(("anisotropy",)))
+    empty = AttentionStatistics()
+    full = AttentionStatistics()
+    full.add(torch.full((1, 2, 4, 4), 0.25), torch.ones(1, 4, dtype=torch.long))
+    assert full.merge(empty).summary() == empty.merge(full).summary() == full.summary()
+    with pytest.raises(UserError, match="does not fit"):
+        full.add(torch.full((1, 2, 4, 4), 0.25), torch.ones(1, 5))
+
+
+def test_autocast_around_it_changes_nothing():
+    x = activations(10, (2, 40, 16)).float() + 3
+    plain, inside = Statistics(all_meters()), Statistics(all_meters())
+    plain.add(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside.add(x)
+    assert inside.summary() == plain.summary()

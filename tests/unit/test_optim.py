@@ -5,7 +5,7 @@ from torch import nn
 from conftest import METHODS, SMALL
 from ofutils import UserError, optim
 from ofutils.optim import SOAP
-from ofutils.transformer import Transformer, TransformerConfig
+from ofutils.transformer import Transformer, TransformerConfig, clm_loss
 
 
 def test_soap_equals_the_reference(vectors):
@@ -103,3 +103,14 @@ def test_schedule_warms_up_and_decays_to_zero():
 def test_an_unknown_optimizer_names_the_known_ones():
     with pytest.raises(UserError, match="known: adamw, soap"):
         optim.make("sgd", Transformer(SMALL), 1e-3, (0.9, 0.95), 1e-8, 0.1)
+
+
+def test_soap_leaves_the_vocabulary_side_of_an_untied_head_alone():
+    model = Transformer(TransformerConfig(vocab=90, layers=1, width=16, heads=2, context=8, head="untied"))
+    optimizer = optim.make("soap", model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    clm_loss(model(ids := torch.randint(0, 90, (2, 8))), ids).backward()
+    optimizer.step()
+    for table in (model.token_embedding.weight, model.head.weight):
+        shapes = {tuple(entry.shape) for entry in optimizer.state[table].values()}
+        assert (16, 16) in shapes and (90, 90) not in shapes
+    assert len({id(p) for group in optimizer.param_groups for p in group["params"]}) == len(list(model.parameters()))

@@ -269,7 +269,7 @@ def test_bad_input_is_one_clear_line():
     with pytest.raises(UserError, match="no batches"):
         calibrate(Transformer(SMALL), [], QuantSettings())
     with (
-        pytest.raises(UserError, match="calibrate this model first"),
+        pytest.raises(UserError, match="calibrate this model with these settings first"),
         quantized(Transformer(SMALL), QuantSettings(), {}),
     ):
         pass
@@ -346,3 +346,20 @@ def test_bad_granularities_and_sites_to_skip_are_one_clear_line(bad, message):
 def test_labels_name_what_is_not_the_papers_setting():
     assert QuantSettings().label == "W8A8"
     assert QuantSettings(granularity="token", skip=("resid_mid",)).label == "W8A8 per token -resid_mid"
+
+
+def test_skipping_what_is_not_rounded_is_an_error_and_order_does_not_matter():
+    model = Transformer(SMALL).eval()
+    with pytest.raises(UserError, match="skip: gated is not rounded in this model; rounded: attn_out, context"):
+        calibrate(model, [torch.randint(0, 300, (2, 8))], QuantSettings(skip=("gated",)))
+    assert QuantSettings(skip=("resid_post", "resid_mid")) == QuantSettings(skip=("resid_mid", "resid_post"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_half_precision_is_rounded_in_single(dtype, bits):
+    x = torch.randn(64).to(dtype)
+    found = fake_quantize(x, bits)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, fake_quantize(x.float(), bits).to(dtype), rtol=0, atol=0)
+    assert torch.equal(fake_quantize(torch.zeros(4, dtype=dtype)), torch.zeros(4, dtype=dtype))

@@ -218,6 +218,23 @@ def test_published_checkpoints_are_measured_once_and_go_on_where_they_stopped(ou
     assert half.error is None and whole.error is None
     assert loaded == ["step0", "step1", "step4"]
     assert whole.trajectory[:2] == half.trajectory and whole.measured == whole.trajectory[-1]
+    (corpus / "1.txt").write_text("\n\n".join(f"Another paragraph {n}." for n in range(60)))
+    sweep.data.load_corpus.cache_clear()
+    (other,) = sweep.run([Job("70m", Published("somebody/model", (0, 1)), (), evaluation)], workers=0)
+    assert loaded == ["step0", "step1", "step4", "step0", "step1"]
+    assert other.trajectory[0]["loss"] != half.trajectory[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        (Published("a/b", (0,)), SETTINGS, "published checkpoints are measured, not quantized"),
+        (Published("a/b", ()), (), "a/b: no checkpoints to measure"),
+    ],
+)
+def test_what_cannot_be_done_with_published_checkpoints_is_refused(source, settings, message):
+    with pytest.raises(UserError, match=message):
+        Job("70m", source, settings)
 
 
 def test_the_recipe_of_published_checkpoints_takes_steps_and_text():

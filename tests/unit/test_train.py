@@ -244,27 +244,48 @@ def test_kept_checkpoints_are_the_weights_at_their_steps_and_change_nothing(out,
     run = quiet(config, keep=True)
     steps, models = zip(*train.checkpoints(config), strict=True)
     assert steps == (0, 1, 2, 4, 8, 16, 20)
-    assert len({train.weights_digest(model) for model in models}) == 7
+    assert len({resume.weights_digest(model) for model in models}) == 7
     torch.manual_seed(config.seed)
     start = Transformer(config.model)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), start.parameters(), strict=True))
     last = run.load()
     assert all(torch.equal(a, b) for a, b in zip(models[-1].parameters(), last.parameters(), strict=True))
     ((_, fourth),) = train.checkpoints(config, (4,))
-    assert train.weights_digest(fourth) == train.weights_digest(models[3])
+    assert resume.weights_digest(fourth) == resume.weights_digest(models[3])
     plain = quiet(config, again=True)
     assert plain.log == run.log
 
 
 def test_checkpoints_that_were_not_kept_are_one_clear_line(out, config):
     quiet(config)
-    with pytest.raises(UserError, match="the weights after step 0 are not here; train with keep"):
+    with pytest.raises(UserError, match="the weights after step 0 were not kept"):
         next(train.checkpoints(config))
+
+
+def test_keeping_after_the_fact_trains_again_and_old_checkpoints_never_stay(out, config, corpus):
+    first = quiet(config)
+    quiet(config, keep=True)  # finished, but nothing was kept
+    digests = [resume.weights_digest(model) for _, model in train.checkpoints(config)]
+    assert len(digests) == 7 and quiet(config, keep=True).log == first.log
+    (corpus / "0.txt").write_text("another text " * 400)
+    train.data.load_corpus.cache_clear()
+    quiet(config, again=True)  # on another text, without keeping: the weights of the old one are gone
+    with pytest.raises(UserError, match="were not kept"):
+        next(train.checkpoints(config))
+
+
+def test_a_run_begun_without_keeping_starts_over_when_it_shall_keep(out, config):
+    with pytest.raises(Stop):
+        train.train(config, report=stop_at(20), save_every=7)
+    quiet(config, keep=True)
+    straight = [resume.weights_digest(model) for _, model in train.checkpoints(config)]
+    quiet(config, again=True, keep=True)
+    assert straight == [resume.weights_digest(model) for _, model in train.checkpoints(config)]
 
 
 def test_copies_of_weights_have_the_same_digest():
     torch.manual_seed(1)
     one, other = Transformer(SMALL), Transformer(SMALL)
-    assert train.weights_digest(one) != train.weights_digest(other)
+    assert resume.weights_digest(one) != resume.weights_digest(other)
     other.load_state_dict(one.state_dict())
-    assert train.weights_digest(one) == train.weights_digest(other)
+    assert resume.weights_digest(one) == resume.weights_digest(other)
