@@ -216,6 +216,7 @@ class QuantSettings:
             near = params.suggest(self.granularity, GRANULARITIES)
             raise UserError(f"unknown granularity {self.granularity!r}{near}; known: {', '.join(GRANULARITIES)}")
         params.require(self.granularity == "tensor" or self.percentile == 100, "percentiles are per tensor only")
+        object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
         for kind in self.skip:
             if kind not in (known := sorted(_ACTIVATIONS | set(_NORMS))):
                 raise UserError(
