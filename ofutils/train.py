@@ -8,7 +8,6 @@ bit on a CPU with the same number of threads (a GPU's fused attention does not p
     python -m ofutils.train --steps 200 --model.layers 4     flags, or --config run.yaml, or both
 """
 
-import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ofutils import UserError, data, hub, optim, params
+from ofutils import UserError, data, hub, optim, params, variants
 from ofutils.probes import measure, resolve
 from ofutils.records import Store, differing, digest, warn_of_other_corpus
-from ofutils.resume import State, restore, save, save_weights
+from ofutils.resume import State, log_spaced, restore, save, save_weights
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
 
 OBJECTIVES = ("clm", "mlm", "pair", "image")
@@ -42,6 +41,8 @@ class TrainConfig:
     start: str = ""  # name of the loaded model that training starts from; empty: a fresh one
     corpus: str = "stdlib"  # see data.load_corpus
     characters: int = 0  # cap on the training text; 0: all of it
+    variant: str = "natural"  # of the text, see variants.VARIANTS
+    bpe: int = 0  # ids of the tokenizer; 0: as many as the model has
     batch: int = 16  # rows of `model.context` tokens
     steps: int = 500
     warmup: int = 50  # steps of linear warm-up, then linear decay to 0
@@ -59,8 +60,8 @@ class TrainConfig:
     sites: tuple[str, ...] = ("resid_post",)  # measured during training
 
     def __post_init__(self):
-        choices = (("objective", OBJECTIVES), ("optimizer", optim.OPTIMIZERS), ("precision", ("no", "bf16")))
-        for name, known in choices:
+        choices = {"objective": OBJECTIVES, "optimizer": optim.OPTIMIZERS, "precision": ("no", "bf16")}
+        for name, known in (choices | {"variant": variants.VARIANTS}).items():
             if (value := getattr(self, name)) not in known:
                 near = params.suggest(value, known)
                 raise UserError(f"unknown {name} {value!r}{near}; known: {', '.join(known)}")
@@ -78,6 +79,7 @@ class TrainConfig:
         )
         params.require(self.model.context >= 2, "a context of one token leaves nothing to predict")
         params.require(len(self.sites) > 0, "sites must name at least one site")
+        params.require(self.bpe <= self.model.vocab, f"bpe {self.bpe} is more than model.vocab {self.model.vocab}")
 
     @property
     def name(self) -> str:
@@ -140,11 +142,6 @@ class Published:
     steps: tuple[int, ...] = ()
 
 
-def log_spaced(last: int) -> tuple[int, ...]:
-    """0, 1, 2, 4, 8, ... and the last step."""
-    return (0, *(1 << power for power in range(last.bit_length()) if 1 << power < last), last)
-
-
 def kept(config: TrainConfig, step: int) -> Path:
     """Where `train(keep=True)` keeps the weights after so many steps."""
     return _folder(config) / f"step-{step:08d}.safetensors"
@@ -168,20 +165,14 @@ def checkpoints(
         return
     for step in log_spaced(source.steps) if steps is None else steps:
         path = kept(source, step)
-        params.require(path.is_file(), f"{source.name}: the weights after step {step} are not here; train with keep")
+        params.require(path.is_file(), f"{source.name}: the weights after step {step} were not kept")
         yield step, _load(source, path)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Twelve hexadecimal digits of the model's middle matrix: equal for checkpoints that are copies of each other."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    middle = matrices[len(matrices) // 2].detach().cpu().contiguous()
-    return hashlib.sha256(middle.numpy().tobytes()).hexdigest()[:12]
 
 
 def load_tokens(config: TrainConfig) -> data.Tokens:
     """The tokenized corpus of a run."""
-    return data.tokenize(data.load_corpus(config.corpus, config.characters), config.model.vocab)
+    tokens = data.tokenize(data.load_corpus(config.corpus, config.characters), config.bpe or config.model.vocab)
+    return variants.transformed(tokens, config.variant, config.model.vocab, config.model.context)
 
 
 def find(config: TrainConfig) -> Run | None:
@@ -223,7 +214,9 @@ def train(
     """
     if (model is None) == bool(config.start):
         raise UserError("a run that starts from a loaded model needs both the model and config.start, its name")
-    if not again and (run := find(config)):
+    wanted = log_spaced(config.steps) if keep else ()
+    whole = all(kept(config, step).is_file() for step in wanted)
+    if not again and (run := find(config)) and (whole or run.diverged):
         return run
     accelerator = Accelerator(cpu=params.device().type == "cpu")
     with accelerator.main_process_first():
@@ -240,6 +233,8 @@ def train(
     )
     trained, stepper = accelerator.prepare(model, optimizer)
     checkpoint = _folder(config) / "checkpoint.safetensors"
+    if keep and not kept(config, 0).is_file():
+        checkpoint.unlink(missing_ok=True)  # begun without keeping: the early weights need a new start
     state = restore(checkpoint, model, optimizer, tokens.corpus) if checkpoint.is_file() else State()
     state.loss_sum = state.loss_sum.to(accelerator.device)
     if report is None:
@@ -251,7 +246,10 @@ def train(
     generators = torch.cuda.default_generators if place == "cuda" else [torch.default_generator]
     dropout_generator = generators[torch.cuda.current_device() if place == "cuda" else 0]
     model.train()
-    wanted = log_spaced(config.steps) if keep and accelerator.is_main_process else ()
+    if state.step == 0 and accelerator.is_main_process:
+        for old in _folder(config).glob("step-*.safetensors"):
+            old.unlink()
+    wanted = wanted if accelerator.is_main_process else ()
     if 0 in wanted and state.step == 0:
         save_weights(kept(config, 0), model)
     while state.step < config.steps and state.diverged is None:

@@ -71,7 +71,13 @@ TOKENIZERS = {
         {"cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"},
     ),
 }
-DATASETS = {"Salesforce/wikitext": ("refs/convert/parquet", "wikitext-2-raw-v1/test/0000.parquet", 4)}
+DATASETS = {  # revision, files, rows of each
+    "Salesforce/wikitext": (
+        "refs/convert/parquet",
+        tuple(f"wikitext-2-raw-v1/{split}/0000.parquet" for split in ("test", "validation")),
+        4,
+    )
+}
 KNOWN = (*MODELS, *DATASETS)
 
 
@@ -159,14 +165,14 @@ def _tokenizer(kind: str):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **named)
 
 
-def _build_dataset(folder: Path, revision: str, file: str, rows: int) -> None:
+def _build_dataset(folder: Path, revision: str, files: tuple[str, ...], rows: int) -> None:
     words = ["the", "a", "river", "stone", "light", "year", "of", "and", "in", "was", "made", "small", "it", "found"]
     pick = torch.randint(len(words), (rows, 40), generator=torch.Generator().manual_seed(0)).tolist()
     texts = [" ".join(words[index] for index in row) + f" {number} .\n" for number, row in enumerate(pick)]
     texts = ["" if number % 5 == 0 else text for number, text in enumerate(texts)]  # the real one has empty rows
     folder.mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "rows")
-    _snapshot(folder, revision, {file: _blob(folder, folder / "rows")})
+    _snapshot(folder, revision, dict.fromkeys(files, _blob(folder, folder / "rows")))
 
 
 def _blob(folder: Path, path: Path, identity: str = "") -> Path:
