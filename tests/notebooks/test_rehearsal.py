@@ -33,22 +33,38 @@ def records_of_03_quant(corpus):
     write_records(sweep.read_recipe("03_quant", "paper", steps=8, corpus=corpus))
 
 
+def records_of_04_token_frequency(corpus):
+    write_records(sweep.read_recipe("04_token_frequency", "paper", steps=8, corpus=corpus))
+
+
 # notebook -> (stand-ins that it loads, its parameters besides scale; CORPUS is a text, what writes its records)
 CORPUS = "{corpus}"
 BERT = "google-bert/bert-base-uncased"
+ROBERTA = "FacebookAI/roberta-base"
 PYTHIA = tuple(f"EleutherAI/pythia-{size}" for size in ("70m", "160m", "410m"))
 ENTRIES = {
     "00_start_here": ((BERT,), {"sentences": 6}, no_records),
     "01_pythia_kurtosis": ((*PYTHIA, "Salesforce/wikitext"), {"steps": 1}, no_records),
+    "02_bert_outliers": ((BERT,), {"draws": 1, "sentences": 8, "single": 1}, no_records),
     "03_quant": ((BERT,), {"steps": 8, "sentences": 3, "corpus": CORPUS}, records_of_03_quant),
+    "05_attention_sinks": (
+        (BERT,),
+        {"sentences": 3, "sentence": "Who? Me.", "steps": 8, "seeds": 1, "corpus": CORPUS},
+        no_records,
+    ),
+    "04_token_frequency": (
+        (BERT, ROBERTA, "Salesforce/wikitext"),
+        {"steps": 8, "sentences": 6, "counts": "text", "corpus": CORPUS},
+        records_of_04_token_frequency,
+    ),
 }
 
 
 def write_records(recipe):
     """Plausible records of all runs of a recipe, as if they had been made elsewhere."""
     model = dataclasses.replace(recipe.jobs[0].config.model, vocab=300, width=24, context=16)
-    sites = recipe.jobs[0].evaluation.sites
-    pattern = probes.measure(Transformer(model).eval(), [torch.randint(0, 300, (4, 16))], sites).summary()["sites"]
+    one, rows = recipe.jobs[0].evaluation, [torch.randint(0, 300, (4, 16))]
+    pattern = probes.measure(Transformer(model).eval(), rows, one.sites, meters=one.meters).summary()["sites"]
     environment = params.environment() | {"corpus": train.load_tokens(recipe.jobs[0].config).corpus}
     draw = random.Random(0)
 
@@ -67,8 +83,11 @@ def write_records(recipe):
         loss = around(3.5)
         first, *others = sweep._entries(job)
         train.store().write(*first, {"loss": loss, "sites": measured(pattern)}, environment)
-        for entry in others:
-            train.store().write(*entry, {"loss": loss + around(0.05)}, environment)
+        for kind, key in others:
+            result = {"loss": loss + around(0.05)}
+            if kind == "checkpoint":
+                result |= {"step": key["step"], "weights": "", "sites": measured(pattern)}
+            train.store().write(kind, key, result, environment)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,332 @@
+"""Attention sinks: how much attention each head gives to which tokens, what it finds there, what goes with it.
+
+    token_groups(tokenizer)            which ids are start, separator, punctuation, other
+    survey(model, batches, groups)     per block: `SinkStatistics`, in one pass
+    table(survey)                      one row per head, for a data frame
+    gates(model, batches)              per block: what the gates of gated attention let through
+    outliers(model, batches, vocab)    per block: `OutlierCounts`, six-sigma entries by token, position, dimension
+
+Padding counts nowhere, neither as a query nor as a key, except in the one number that says so.
+"""
+
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ofutils import UserError, params, probes
+from ofutils.probes import Batch
+from ofutils.transformer import Transformer
+
+#: Start and separator are BERT's [CLS] and [SEP], RoBERTa's <s> and </s>.
+GROUPS = ("start", "separator", "punctuation", "other")
+
+#: What `SinkStatistics.correlation` can be asked for.
+CORRELATIONS = ("input", "words", "output")
+
+
+def token_groups(tokenizer) -> Tensor:
+    """The group of every id of a tokenizer of transformers.
+
+    Punctuation: tokens of ASCII punctuation alone, whatever marks a word's start or middle (`##`, `Ġ`) left
+    aside. Special tokens other than the first and the separator are `other`.
+
+    Returns:
+        (V,) int64, indices into `GROUPS`.
+    """
+    marks = set(string.punctuation)
+    pieces = (str(piece) for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+    bare = [piece.removeprefix("Ġ") if len(piece) < 3 else piece.removeprefix("##") for piece in pieces]
+    found = torch.tensor([2 if piece and set(piece) <= marks else 3 for piece in bare])
+    found[[id for id in tokenizer.all_special_ids if id < len(found)]] = 3
+    for group, names in ((1, ("sep_token_id", "eos_token_id")), (0, ("cls_token_id", "bos_token_id"))):
+        ids = [id for name in names if (id := getattr(tokenizer, name, None)) is not None]
+        found[ids[:1]] = group
+    return found
+
+
+@dataclass
+class SinkStatistics:
+    """Streaming statistics of the heads of one block. Sums only; statistics of parts merge into the whole's.
+
+    With P the probabilities of a head in one row of n tokens, the attention that position t receives is
+    a_t = mean over queries of P[query, t]. A vertical line in the map of P is a large a_t; the *sink* of a
+    head in a row is the position with the largest one.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @torch.no_grad()
+    def add(
+        self, probs: Tensor, v: Tensor, context: Tensor, before: Tensor, after: Tensor, groups: Tensor, mask=None
+    ) -> None:
+        """Take in one batch.
+
+        Args:
+            probs: (B, H, T, T), rows are queries.
+            v, context: (B, T, D): values, and their sums weighted by attention (before a gate).
+            before, after: (B, T, D): the hidden states that enter and leave the block.
+            groups: (B, T), indices into `GROUPS`.
+            mask: (B, T), true where there is a token and not padding.
+        """
+        mask = torch.ones_like(groups, dtype=torch.bool) if mask is None else mask.bool()
+        fed = mask.sum(1) > 1  # a row of one token has nowhere else to look
+        probs, v, context, before, after, groups, mask = (
+            x[fed] for x in (probs, v, context, before, after, groups, mask)
+        )
+        heads, counts = probs.shape[1], mask.sum(1).double()  # n
+        exact = torch.promote_types(probs.dtype, torch.float32)
+        received = torch.einsum("bhqk,bq->bhk", probs.to(exact), mask.to(exact)).double() * mask[:, None]
+        received /= counts[:, None, None]  # (B, H, T): a_t
+        self._sum(rows=len(probs), queries=counts.sum())
+        kinds = nn.functional.one_hot(groups, len(GROUPS)).double() * counts[:, None, None]  # (B, T, G)
+        self._sum(mass=torch.einsum("bhk,bkg->hg", received, kinds))
+        shares = received / received.sum(-1, keepdim=True).clamp(min=1e-300)
+        self._sum(evenness=(torch.special.entr(shares).sum(-1) / counts.log()[:, None]).sum(0))
+        largest, sink = received.max(-1)  # (B, H)
+        self._sum(largest=largest.sum(0))
+        self._add_zeros(probs, mask)
+        self._add_values(*(x.unflatten(-1, (heads, -1)).to(exact) for x in (v, context)), sink, mask)
+        everywhere = probs.to(exact).mean(2).double()  # (B, H, T), of padding queries too
+        self._add_products("input", received, before, mask)
+        self._add_products("words", received, before, mask & (groups > 1))
+        self._add_products("output", everywhere, after, mask)
+
+    def _add_zeros(self, probs: Tensor, mask: Tensor) -> None:
+        visible = mask[:, :, None] & mask[:, None, :]  # (B, T, T)
+        if not probs.triu(1).any():  # causal: nobody looks ahead
+            visible = visible.tril()
+        self._sum(pairs=visible.sum(), zeros=((probs == 0) & visible[:, None]).sum((0, 2, 3)))
+
+    def _add_values(self, v: Tensor, context: Tensor, sink: Tensor, mask: Tensor) -> None:
+        """v and context: (B, T, H, K); sink: (B, H)."""
+        tiny = torch.finfo(torch.float32).tiny
+        length, size = v.norm(dim=-1).double(), context.norm(dim=-1).double()  # (B, T, H)
+        at = length.gather(1, sink[:, None])[:, 0]  # (B, H)
+        others = length.masked_fill(~mask[..., None], torch.inf).scatter(1, sink[:, None], torch.inf)
+        middle = ((mask.sum(1) - 2) // 2)[:, None, None].expand_as(sink[:, None])  # the lower median of n - 1
+        median = others.sort(1).values.gather(1, middle)[:, 0].clamp(min=tiny)  # (B, H)
+        self._sum(log_ratio=(at / median).clamp(min=tiny).log().sum(0))
+        mean = (size * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, H)
+        self._sum(output=(mean / median).sum(0))
+
+    def _add_products(self, name: str, received: Tensor, hidden: Tensor, mask: Tensor) -> None:
+        a, x = received.transpose(1, 2)[mask], hidden.abs()[mask].double()  # (n, H), (n, D)
+        parts = {"n": torch.tensor(len(a)), "a": a.sum(0), "aa": a.square().sum(0)}
+        parts |= {"x": x.sum(0), "xx": x.square().sum(0), "ax": a.T @ x}
+        self._sum(**{f"{name} {key}": part for key, part in parts.items()})
+
+    def _sum(self, **parts) -> None:
+        for name, part in parts.items():
+            part = torch.as_tensor(part).double().cpu()
+            self.sums[name] = self.sums[name] + part if name in self.sums else part
+
+    def merge(self, other: "SinkStatistics") -> "SinkStatistics":
+        """The statistics of both parts together."""
+        whole = SinkStatistics(dict(self.sums))
+        whole._sum(**other.sums)
+        return whole
+
+    @property
+    def shares(self) -> Tensor:
+        """(H, G) float64: of each head's attention, the share that goes to each group of tokens."""
+        return self.sums["mass"] / self.sums["queries"]
+
+    @property
+    def evenness(self) -> Tensor:
+        """(H,): column entropy, entropy of a_t over log n, mean over rows: 1 all columns alike, 0 one has it all."""
+        return self.sums["evenness"] / self.sums["rows"]
+
+    @property
+    def largest(self) -> Tensor:
+        """(H,): the attention that the sink of a row receives, mean over rows."""
+        return self.sums["largest"] / self.sums["rows"]
+
+    @property
+    def zeros(self) -> Tensor:
+        """(H,): of the probabilities of visible keys, the share that is exactly zero."""
+        return self.sums["zeros"] / self.sums["pairs"]
+
+    @property
+    def value_ratio(self) -> Tensor:
+        """(H,): |v| at the sink of a row over the median |v| of its other tokens, geometric mean over rows."""
+        return (self.sums["log_ratio"] / self.sums["rows"]).exp()
+
+    @property
+    def output(self) -> Tensor:
+        """(H,): mean |context| of a row's queries over the same median |v|, mean over rows. Near 0: the head does
+        nothing; 1: it hands on what one token holds."""
+        return self.sums["output"] / self.sums["rows"]
+
+    def correlation(self, hidden: str = "input") -> Tensor:
+        """Pearson's r over tokens between |h_t[d]| and the attention that t receives, for every head and dimension.
+
+        Args:
+            hidden: `input`: h enters the block, so that attention can depend on it, and a_t averages over tokens;
+                `words`: the same over tokens other than start and separator; `output`: h leaves the block and a_t
+                averages over padding queries too, as in the authors' code.
+
+        Returns:
+            (H, D) float64 in [-1, 1]; nan where either is constant.
+
+        Source: puccetti2022, released code.
+        """
+        if hidden not in CORRELATIONS:
+            raise UserError(f"unknown hidden state {hidden!r}; known: {', '.join(CORRELATIONS)}")
+        n, a, aa, x, xx, ax = (self.sums[f"{hidden} {key}"] for key in ("n", "a", "aa", "x", "xx", "ax"))
+        spread_a, spread_x = ((s2 / n - (s / n).square()).clamp(min=0) for s, s2 in ((a, aa), (x, xx)))
+        flat_a, flat_x = spread_a <= 1e-12 * aa / n, spread_x <= 1e-12 * xx / n  # constant but for rounding
+        r = (ax / n - torch.outer(a, x) / n**2) / torch.outer(spread_a.sqrt(), spread_x.sqrt())
+        return r.masked_fill(flat_a[:, None] | flat_x, torch.nan).clamp(-1, 1)
+
+
+@torch.no_grad()
+def survey(model: nn.Module, batches: Iterable[Batch], groups: Tensor) -> list[SinkStatistics]:
+    """`SinkStatistics` of every block, in one pass.
+
+    Args:
+        model: with sites `probs`, `v`, `context`, `resid_pre`: a `Transformer`, or `families.with_sites` of a
+            model with eager attention.
+        batches: as for `probes.measure`.
+        groups: (V,), from `token_groups`.
+
+    Raises:
+        UserError: no batches, or a site that the model lacks.
+    """
+    layers = sum(name.endswith(".probs") for name in model.sites())
+    last = "norm_final" if "norm_final" in model.sites() else f"blocks.{layers - 1}.norm2"
+    streams = [*(f"blocks.{layer}.resid_pre" for layer in range(layers)), last]
+    found = [SinkStatistics() for _ in range(layers)]
+    with probes.capture(model, ["probs", "v", "context", *streams]) as kept:
+        for batch in batches:
+            probes.run(model, batch)
+            ids, mask = _ids_and_mask(batch, kept[last].device)
+            for layer, statistics in enumerate(found):
+                own = [kept[f"blocks.{layer}.{site}"] for site in ("probs", "v", "context")]
+                hidden = kept[streams[layer]], kept[streams[layer + 1]]
+                statistics.add(*own, *hidden, groups.to(ids.device)[ids], mask)
+    if not found or not found[0].sums:
+        raise UserError("nothing to survey: no batches, or no attention")
+    return found
+
+
+def table(survey: list[SinkStatistics]) -> list[dict]:
+    """One row per head: block, head, its share for each group, and every number that `SinkStatistics` has for it."""
+    rows = []
+    for block, one in enumerate(survey):
+        columns = dict(zip(GROUPS, one.shares.T.tolist(), strict=True))
+        columns |= {
+            name: getattr(one, name).tolist() for name in ("evenness", "largest", "zeros", "value_ratio", "output")
+        }
+        for head in range(len(one.evenness)):
+            rows.append({"block": block, "head": head} | {name: values[head] for name, values in columns.items()})
+    return rows
+
+
+def _ids_and_mask(batch: Batch, device) -> tuple[Tensor, Tensor | None]:
+    if torch.is_tensor(batch):
+        return batch.to(device), None
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].to(device), None if mask is None else mask.bool().to(device)
+
+
+@torch.no_grad()
+def gates(model: Transformer, batches: Iterable[Batch]) -> list[Tensor]:
+    """pi of every block: the gate's value for each token and head, (N, H) in (0, 1) on the CPU, padding left out.
+
+    Raises:
+        UserError: a model without gates.
+    """
+    modules = [block.attention.gate for block in model.blocks]
+    params.require(all(modules), "this model has no gates")
+    found: list[list[Tensor]] = [[] for _ in modules]
+    now: list[Tensor] = [torch.empty(0) for _ in modules]
+
+    def keep(index):
+        def function(_, __, pi):
+            now[index] = pi
+
+        return function
+
+    handles = [gate.register_forward_hook(keep(index)) for index, gate in enumerate(modules)]
+    try:
+        for batch in batches:
+            probes.run(model, batch)
+            _, mask = _ids_and_mask(batch, now[0].device)
+            for parts, pi in zip(found, now, strict=True):
+                parts.append((pi.flatten(0, 1) if mask is None else pi[mask]).cpu())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(parts) for parts in found]
+
+
+@dataclass
+class OutlierCounts:
+    """How many entries lie more than six standard deviations from the mean of their row, and where.
+
+    Rows are sequences, as in `streaming.Statistics`, whose counts by position and dimension these equal.
+    """
+
+    by_token: Tensor  # (V,) int64: by the id of the token
+    by_dimension: Tensor  # (D,)
+    by_position: Tensor  # (longest row,)
+    tokens: Tensor  # (V,): how often each id was there
+
+    def by_group(self, groups: Tensor) -> Tensor:
+        """(2, G) float64: of the outliers, and of the tokens, the share that each group has; nan of nothing."""
+        sums = torch.zeros(2, len(GROUPS), dtype=torch.float64)
+        for row, counts in enumerate((self.by_token, self.tokens)):
+            sums[row].index_add_(0, groups, counts[: len(groups)].double())
+        return sums / sums.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def outliers(model: nn.Module, batches: Iterable[Batch], vocab: int, site: str = "mlp_out") -> list[OutlierCounts]:
+    """Six-sigma outliers of every block at one site: by token, by dimension, by position.
+
+    Args:
+        vocab: V, the number of ids.
+        site: a bare name, by default the output of the FFN.
+
+    Source: bondarenko2023, footnote 1 and Figure 1 (after Bondarenko et al. 2021).
+    """
+    names = [name for name in probes.resolve(model, site) if name.startswith("blocks.")]
+    sums: dict[str, list[Tensor]] = {}
+    with probes.capture(model, names) as kept:
+        for batch in batches:
+            probes.run(model, batch)
+            for name in names:
+                ids, mask = _ids_and_mask(batch, kept[name].device)
+                parts = _count(
+                    kept[name], ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, vocab
+                )
+                sums[name] = (
+                    [_longer(a, b) for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts
+                )
+    if not sums:
+        raise UserError(f"nothing to count: no batches, or no block has {site}")
+    return [OutlierCounts(*sums[name]) for name in names]
+
+
+def _count(x: Tensor, ids: Tensor, mask: Tensor, vocab: int) -> list[Tensor]:
+    """By token, by dimension, by position, and the tokens; x is (B, T, D)."""
+    x, real = x.double(), mask[..., None].double()  # (B, T, D), (B, T, 1)
+    entries = real.sum((1, 2)) * x.shape[-1]  # (B,)
+    mean = (x * real).sum((1, 2)) / entries
+    deviation = (x - mean[:, None, None]).abs() * real
+    limit = 6 * (deviation.square().sum((1, 2)) / (entries - 1)).sqrt()
+    hits = deviation > limit[:, None, None]  # padding has deviation 0
+    by_token = torch.zeros(vocab, dtype=torch.int64, device=x.device).index_add_(
+        0, ids.flatten(), hits.sum(2).flatten()
+    )
+    counts = [by_token, hits.sum((0, 1)), hits.sum((0, 2)), torch.bincount(ids[mask], minlength=vocab)]
+    return [part.cpu() for part in counts]
+
+
+def _longer(a: Tensor, b: Tensor) -> Tensor:
+    """a + b; the shorter of two lists of positions is filled up with zeros."""
+    a, b = (a, b) if len(a) >= len(b) else (b, a)
+    return a + nn.functional.pad(b, (0, len(a) - len(b)))

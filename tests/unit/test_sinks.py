@@ -1,0 +1,361 @@
+"""Attention sinks: known answers on constructed attention, padding, parts and wholes, and what cannot be."""
+
+import math
+import string
+
+import pytest
+import torch
+import transformers
+
+from ofutils import UserError, attention, dims, families, hub, probes, sinks
+from ofutils.streaming import Statistics
+from ofutils.transformer import Transformer, TransformerConfig
+
+BERT = TransformerConfig(
+    vocab=40,
+    layers=2,
+    width=16,
+    heads=4,
+    context=16,
+    causal=False,
+    norm_position="post",
+    embed_norm=True,
+    head="none",
+)
+NUMBERS = ("shares", "evenness", "largest", "zeros", "value_ratio", "output")
+
+
+def tensors(rows=3, length=6, heads=2, width=8):
+    """What `add` takes: random attention, values and hidden states; start first, separator last."""
+    probs = torch.softmax(2 * torch.randn(rows, heads, length, length), -1)
+    v = torch.randn(rows, length, width)
+    context = (probs @ v.unflatten(-1, (heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    groups = torch.full((rows, length), 3)
+    groups[:, 0], groups[:, 2], groups[:, -1] = 0, 2, 1
+    return [probs, v, context, torch.randn(rows, length, width), torch.randn(rows, length, width), groups]
+
+
+def survey(parts, mask=None):
+    found = sinks.SinkStatistics()
+    found.add(*parts, mask)
+    return found
+
+
+def assert_same(a, b, tolerance=1e-5, variants=sinks.CORRELATIONS):
+    for name in NUMBERS:
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=tolerance, atol=tolerance)
+    for variant in variants:
+        torch.testing.assert_close(a.correlation(variant), b.correlation(variant), rtol=tolerance, atol=tolerance)
+
+
+# --- known answers
+
+
+def test_uniform_attention():
+    parts = tensors(length=6)
+    parts[0] = torch.full((3, 2, 6, 6), 1 / 6)
+    found = survey(parts)
+    expected = torch.tensor([1, 1, 1, 3], dtype=torch.float64) / 6
+    assert torch.allclose(found.shares, expected.expand(2, 4), atol=1e-6)
+    assert torch.allclose(found.evenness, torch.ones(2, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(found.largest, torch.full((2,), 1 / 6, dtype=torch.float64), atol=1e-6)
+    assert found.correlation().isnan().all() and found.zeros.sum() == 0
+
+
+def test_all_attention_on_one_column():
+    parts = tensors(rows=1, length=5)
+    parts[0] = torch.zeros(1, 2, 5, 5)
+    parts[0][:, 0, :, 0] = 1  # the start
+    parts[0][:, 1, :, 3] = 1  # a word
+    lengths = torch.tensor([0.1, 1.0, 2.0, 4.0, 8.0])
+    parts[1] = torch.zeros(1, 5, 8)
+    parts[1][0, :, 0] = parts[1][0, :, 4] = lengths
+    parts[2] = torch.cat([parts[1][:, :1, :4], parts[1][:, 3:4, 4:]], -1).expand(1, 5, 8)
+    found = survey(parts)
+    assert found.shares.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+    assert found.evenness.tolist() == [0, 0] and found.largest.tolist() == [1, 1]
+    assert found.zeros.tolist() == [0.8, 0.8]
+    # others of the start: 1 2 4 8, of position 3: 0.1 1 2 8; the lower median of four
+    assert found.value_ratio.tolist() == pytest.approx([0.1 / 2, 4 / 1])
+    assert found.output.tolist() == pytest.approx([0.1 / 2, 4 / 1])
+
+
+def test_a_planted_correlation_is_found_in_its_dimension_and_variant():
+    parts = tensors(rows=4, length=12)
+    received = parts[0].mean(2)  # (rows, heads, keys)
+    before, after = parts[3], parts[4]
+    before[..., 5] = -3 * received[:, 0]  # |h| goes with head 0, whatever its sign
+    after[..., 6] = 1 - received[:, 1]  # and against head 1 behind the block
+    found = survey(parts)
+    assert found.correlation("input")[0, 5] == pytest.approx(1, abs=1e-6)
+    assert found.correlation("words")[0, 5] == pytest.approx(1, abs=1e-6)
+    assert found.correlation("output")[1, 6] == pytest.approx(-1, abs=1e-6)
+    assert found.correlation("input")[0].abs().argmax() == 5
+
+
+def test_correlation_is_pearsons_r():
+    parts = tensors(rows=5, length=9)
+    found, (probs, _, _, before, after, groups) = survey(parts), parts
+    words = groups > 1
+    for variant, hidden, kept in (
+        ("input", before, groups >= 0),
+        ("words", before, words),
+        ("output", after, groups >= 0),
+    ):
+        a, x = probs.mean(2).transpose(1, 2)[kept], hidden.abs()[kept]
+        expected = torch.corrcoef(torch.cat([a, x], 1).double().T)[:2, 2:]
+        torch.testing.assert_close(found.correlation(variant), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_constant_has_no_correlation():
+    parts = tensors()
+    parts[3][..., 1] = 0.7
+    r = survey(parts).correlation()
+    assert r[:, 1].isnan().all() and not r[:, 2].isnan().any()
+
+
+def test_clipped_attention_does_not_upset_the_entropy():
+    parts = tensors()
+    parts[0] = attention.clipped_softmax(torch.randn(3, 2, 6, 6) * 4, -0.1)
+    found = survey(parts)
+    shares = parts[0].mean(2).double()
+    shares /= shares.sum(-1, keepdim=True)
+    expected = (torch.special.entr(shares).sum(-1) / math.log(6)).mean(0)
+    assert torch.allclose(found.evenness, expected, atol=1e-6)
+    assert torch.allclose(found.zeros, (parts[0] == 0).double().mean((0, 2, 3)))
+
+
+def test_heads_that_attend_to_nothing_at_all_stay_finite():
+    parts = tensors()
+    parts[0] = torch.zeros_like(parts[0])
+    found = survey(parts)
+    assert found.zeros.tolist() == [1, 1] and found.evenness.tolist() == [0, 0] and found.shares.sum() == 0
+    assert found.value_ratio.isfinite().all()
+
+
+def test_keys_that_a_causal_query_cannot_see_are_no_zeros():
+    parts = tensors()
+    parts[0] = torch.softmax(torch.randn(3, 2, 6, 6).masked_fill(~torch.ones(6, 6).tril().bool(), -torch.inf), -1)
+    assert survey(parts).zeros.tolist() == [0, 0]
+
+
+# --- padding, parts, wholes
+
+
+def padded(parts, more=4):
+    """The same rows with padding that holds numbers of its own, and the mask."""
+    rows, length = parts[5].shape
+    mask = torch.arange(length + more).expand(rows, -1) < length
+    probs = torch.rand(rows, parts[0].shape[1], length + more, length + more)
+    probs[:, :, :length, :length], probs[:, :, :length, length:] = parts[0], 0.3  # also where a query sees padding
+    others = [torch.cat([x, 50 * torch.randn(rows, more, x.shape[-1])], 1) for x in parts[1:5]]
+    return [probs, *others, torch.cat([parts[5], torch.zeros(rows, more, dtype=torch.long)], 1)], mask
+
+
+def test_padding_counts_nowhere_as_query_or_key():
+    parts = tensors()
+    assert_same(survey(*padded(parts)), survey(parts), variants=("input", "words"))
+
+
+def test_padding_counts_where_the_authors_count_it():
+    parts, mask = padded(tensors())
+    a = parts[0].mean(2).transpose(1, 2)[mask]
+    expected = torch.corrcoef(torch.cat([a, parts[4].abs()[mask]], 1).double().T)[:2, 2:]
+    found = survey(parts, mask).correlation("output")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_batches_may_be_split_and_merged():
+    parts = tensors(rows=5)
+    halves = [survey([x[rows] for x in parts]) for rows in (slice(0, 2), slice(2, 5))]
+    together = sinks.SinkStatistics()
+    for rows in (slice(0, 1), slice(1, 5)):
+        together.add(*(x[rows] for x in parts))
+    assert_same(halves[0].merge(halves[1]), survey(parts), 1e-9)
+    assert_same(together, survey(parts), 1e-9)
+
+
+def test_a_row_of_one_token_is_left_out():
+    parts = tensors(rows=2)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 1:] = False
+    assert_same(survey(parts, mask), survey([x[:1] for x in parts]))
+
+
+def test_an_unknown_hidden_state_is_an_error():
+    with pytest.raises(UserError, match="known: input, words, output"):
+        survey(tensors()).correlation("inputs")
+
+
+# --- models
+
+
+@pytest.fixture(scope="module")
+def bert():
+    model = hub.model(hub.STAND_IN, attn_implementation="eager")
+    tokenizer = hub.tokenizer(hub.STAND_IN)
+    texts = ["a dog, and a cat.", "who?", "one two three (four)."]
+    return model, tokenizer, dict(tokenizer(texts, padding=True, return_tensors="pt"))
+
+
+def test_groups_of_tokens(bert):
+    _, tokenizer, _ = bert
+    groups = sinks.token_groups(tokenizer)
+    of = dict(zip(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), groups.tolist(), strict=True))
+    assert of["[CLS]"] == 0 and of["[SEP]"] == 1
+    assert {of[mark] for mark in string.punctuation} == {2}
+    assert {of[other] for other in ("[PAD]", "[MASK]", "[UNK]", "a", "##a", "7")} == {3}
+    assert len(groups) == len(tokenizer)
+
+
+def test_a_survey_reads_a_hugging_face_bert_as_the_authors_do(bert):
+    model, tokenizer, batch = bert
+    found = sinks.survey(families.with_sites(model), [batch], sinks.token_groups(tokenizer))
+    with torch.no_grad():
+        output = model(**batch, output_attentions=True, output_hidden_states=True)
+    mask = batch["attention_mask"].bool()
+    for layer, one in enumerate(found):
+        a = output.attentions[layer].mean(-2).transpose(1, 2)[mask]
+        h = output.hidden_states[layer + 1].abs()[mask]
+        expected = torch.corrcoef(torch.cat([a, h], 1).double().T)[: a.shape[1], a.shape[1] :]
+        torch.testing.assert_close(one.correlation("output"), expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(one.shares.sum(1), torch.ones(4, dtype=torch.float64), atol=1e-5)
+
+
+def test_the_converted_model_gives_the_same_but_at_padding(bert):
+    model, tokenizer, batch = bert
+    groups = sinks.token_groups(tokenizer)
+    theirs = sinks.survey(families.with_sites(model), [batch], groups)
+    ours = sinks.survey(families.from_hf(model), [batch], groups)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same(a, b, 1e-3, variants=("input", "words"))
+
+
+def test_a_survey_of_batches_does_not_depend_on_how_they_are_cut(bert):
+    model, tokenizer, batch = bert
+    groups, network = sinks.token_groups(tokenizer), families.from_hf(model)
+    rows = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(3)]
+    for a, b in zip(sinks.survey(network, rows, groups), sinks.survey(network, [batch], groups), strict=True):
+        assert_same(a, b, 1e-4, variants=("input", "words"))
+
+
+def test_a_causal_model_and_plain_ids():
+    config = TransformerConfig(vocab=40, layers=2, width=16, heads=2, context=12, alpha=2.0)
+    model, ids = Transformer(config).eval(), torch.randint(0, 40, (3, 12))
+    found = sinks.survey(model, [ids], torch.full((40,), 3))
+    with probes.capture(model, "probs") as kept:
+        probes.run(model, ids)
+    seen = torch.ones(12, 12, dtype=torch.bool).tril()
+    expected = (kept["blocks.1.probs"][:, :, seen] == 0).double().mean((0, 2))
+    assert torch.allclose(found[1].zeros, expected) and expected.min() > 0.1
+    assert not model._forward_hooks and not model.blocks[0].attention.probs._forward_hooks
+
+
+def test_a_sink_that_hangs_on_one_dimension_goes_with_it():
+    model = Transformer(BERT).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.norm2.weight.fill_(0.1)
+            block.norm2.weight[3] = 20  # one dimension large at every token, by its own sign
+            block.attention.q.weight.zero_()
+            block.attention.q.bias.fill_(1)
+            block.attention.k.weight.zero_()
+            block.attention.k.weight[:, 3] = 1  # and keys read it alone
+    ids, groups = torch.randint(0, 40, (8, 10)), torch.full((40,), 3)
+    full = sinks.survey(model, [ids], groups)
+    with dims.ablated(model, [3]):
+        without = sinks.survey(model, [ids], groups)
+    assert full[1].evenness.max() < 0.9
+    assert torch.allclose(without[1].evenness, torch.ones(4, dtype=torch.float64), atol=1e-5)
+    assert_same(without[0], full[0], variants=("input",))  # the first block stands before the first norm2
+
+
+def test_a_table_has_a_row_for_every_head():
+    found = sinks.survey(Transformer(BERT).eval(), [torch.randint(0, 40, (2, 8))], torch.full((40,), 3))
+    rows = sinks.table(found)
+    assert [(row["block"], row["head"]) for row in rows] == [(b, h) for b in range(2) for h in range(4)]
+    assert rows[5]["evenness"] == float(found[1].evenness[1]) and rows[5]["other"] == pytest.approx(1)
+
+
+def test_nothing_to_survey_is_an_error():
+    model = Transformer(BERT).eval()
+    with pytest.raises(UserError, match="no batches"):
+        sinks.survey(model, [], torch.zeros(40, dtype=torch.long))
+    with pytest.raises(UserError, match="no batches"):
+        sinks.outliers(model, [], 40)
+
+
+def test_a_model_without_values_as_a_site_says_so():
+    gpt2 = transformers.GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    model = families.with_sites(transformers.GPT2Model(gpt2).eval())
+    with pytest.raises(UserError, match="unknown site 'v'"):
+        sinks.survey(model, [torch.randint(0, 40, (1, 8))], torch.full((40,), 3))
+
+
+# --- gates
+
+
+@pytest.mark.parametrize("gate", ["linear", "mlp", "all_heads"])
+def test_gates_are_what_the_context_is_multiplied_by(gate):
+    config = TransformerConfig(vocab=40, layers=2, width=16, heads=2, context=8, gate=gate)
+    model, ids = Transformer(config).eval(), torch.randint(0, 40, (3, 8))
+    pi = sinks.gates(model, [ids[:1], ids[1:]])
+    with probes.capture(model, ["context", "gated"]) as kept:
+        probes.run(model, ids)
+    for block, one in enumerate(pi):
+        context, gated = (kept[f"blocks.{block}.{site}"].flatten(0, 1) for site in ("context", "gated"))
+        assert one.shape == (24, 2)
+        torch.testing.assert_close(gated, (context.unflatten(-1, (2, 8)) * one[..., None]).flatten(1))
+    assert not model.blocks[0].attention.gate._forward_hooks
+
+
+def test_gates_leave_padding_out_and_need_gates():
+    config = TransformerConfig(vocab=40, layers=1, width=16, heads=2, context=8, gate="linear")
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    batch = {"input_ids": torch.randint(0, 40, (2, 4)), "attention_mask": mask}
+    assert sinks.gates(Transformer(config).eval(), [batch])[0].shape == (5, 2)
+    with pytest.raises(UserError, match="no gates"):
+        sinks.gates(Transformer(BERT), [])
+
+
+# --- outliers
+
+
+def test_outliers_are_those_of_the_streaming_statistics():
+    model = Transformer(BERT).eval()
+    with torch.no_grad():
+        model.blocks[1].mlp_out.bias[3] = 40
+        model.token_embedding.weight[7] *= 30
+    mask = torch.arange(12).expand(6, -1) < torch.tensor([12, 9, 12, 3, 7, 12])[:, None]
+    batch = {"input_ids": torch.randint(0, 40, (6, 12)), "attention_mask": mask.long()}
+    halves = [{name: x[rows] for name, x in batch.items()} for rows in (slice(0, 2), slice(2, 6))]
+    for block, one in enumerate(sinks.outliers(model, halves, 40)):
+        with probes.capture(model, f"blocks.{block}.mlp_out") as kept:
+            probes.run(model, batch)
+        expected = Statistics(("outlier_share",))
+        expected.add(kept[f"blocks.{block}.mlp_out"], mask)
+        assert one.by_dimension.tolist() == expected.sums["outliers_by_dimension"].tolist()
+        assert one.by_position.tolist() == expected.sums["outliers_by_position"].tolist()
+        assert one.by_token.sum() == one.by_dimension.sum() and one.tokens.sum() == mask.sum()
+
+
+def test_outliers_are_counted_by_the_token_they_sit_at(monkeypatch):
+    x = torch.zeros(2, 6, 50)
+    x[0, 1, 4] = x[0, 1, 9] = x[1, 3, 4] = 100
+    ids = torch.tensor([[0, 5, 8, 8, 8, 1], [0, 8, 8, 6, 1, 2]])
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 5] = False
+    one = sinks.OutlierCounts(*sinks._count(x, ids, mask, 10))
+    assert one.by_token.nonzero().flatten().tolist() == [5, 6] and one.by_token[[5, 6]].tolist() == [2, 1]
+    assert one.by_dimension[[4, 9]].tolist() == [2, 1] and one.by_position.tolist() == [0, 2, 0, 1, 0, 0]
+    groups = torch.tensor([0, 1, 3, 3, 3, 2, 3, 3, 3, 3])
+    shares = one.by_group(groups)
+    assert shares[0].tolist() == pytest.approx([0, 0, 2 / 3, 1 / 3])
+    assert shares[1].tolist() == pytest.approx([2 / 11, 2 / 11, 1 / 11, 6 / 11])
+
+
+def test_no_outliers_have_no_shares():
+    one = sinks.OutlierCounts(
+        *sinks._count(torch.randn(1, 4, 8), torch.zeros(1, 4).long(), torch.ones(1, 4).bool(), 3)
+    )
+    assert one.by_group(torch.zeros(3, dtype=torch.long))[0].isnan().all()
