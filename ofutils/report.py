@@ -23,7 +23,7 @@ PAPERS = {
 }
 NOT_RUN = "not run yet"
 BEGIN, END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
-_HEADER = "| claim | paper | rule, per seed | ours [90% interval] | verdict |\n|---|---|---|---|---|"
+_HEADER = "| claim | paper | rule | ours [90% interval] | verdict |\n|---|---|---|---|---|"
 
 
 def scoreboard(root: Path | None = None) -> pd.DataFrame:
