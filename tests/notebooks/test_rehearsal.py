@@ -6,12 +6,10 @@ stand-in records; the notebook's own code is the real one. Beside it, one step o
 
 import dataclasses
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import papermill
 import pytest
 import torch
 import transformers
@@ -108,26 +106,26 @@ def test_every_notebook_is_rehearsed():
 
 
 @pytest.fixture
-def environment(request, home, corpus, tmp_path, monkeypatch):
+def offline(request, home, corpus, tmp_path, monkeypatch):
     """What the notebook of this test finds: stand-ins in the cache, records, no Hub."""
     names, _, write = ENTRIES[request.node.callspec.params["name"]]
     monkeypatch.setenv("OFUTILS_OUT", str(tmp_path / "out"))
     write(corpus)
-    environment = os.environ | {"HF_HOME": str(stand_ins.build(home, names)), "HF_HUB_OFFLINE": "1"}
+    monkeypatch.setenv("HF_HOME", str(stand_ins.build(home, names)))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for elsewhere in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT"):
-        environment.pop(elsewhere, None)
-    return environment
+        monkeypatch.delenv(elsewhere, raising=False)
 
 
 @pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name in ENTRIES])
-def test_the_notebook_runs_at_scale_paper(name, environment, corpus, tmp_path):
+def test_the_notebook_runs_at_scale_paper(name, offline, corpus, tmp_path):
     _, parameters, _ = ENTRIES[name]
-    command = [sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", str(tmp_path / "out.ipynb")]
-    for parameter, value in ({"scale": "paper"} | parameters).items():
-        command += ["-p", parameter, str(value).replace(CORPUS, corpus)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "scale paper (asked for)" in (tmp_path / "out.ipynb").read_text()
+    given = {
+        key: value.replace(CORPUS, corpus) if isinstance(value, str) else value for key, value in parameters.items()
+    }
+    path, result = ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "out.ipynb"
+    papermill.execute_notebook(path, result, {"scale": "paper"} | given, progress_bar=False, cwd=ROOT)
+    assert "scale paper (asked for)" in result.read_text()
 
 
 # --- what 03_quant trains at this scale
