@@ -21,7 +21,7 @@ import time
 import torch
 
 from ofutils import metrics, probes
-from ofutils.streaming import Statistics, all_meters
+from ofutils.streaming import METERS, Statistics
 from ofutils.transformer import Transformer, TransformerConfig
 
 ROUNDS, THREADS = 7, 2
@@ -92,7 +92,7 @@ def run_once(what: str) -> None:
             straightforward(list(kept.values()))
         else:
             batches = [ids] * (4 if what == "full, 4 batches" else 1)
-            probes.measure(model, batches, SITES, meters=CHEAP if what == "cheap" else all_meters())
+            probes.measure(model, batches, SITES, meters=CHEAP if what == "cheap" else tuple(METERS))
 
 
 def peak_memory(what: str) -> float:
@@ -113,7 +113,7 @@ def main() -> None:
         "canary": lambda: square @ square,
         "forward": lambda: model(ids),
         "cheap": lambda: stream(streams, CHEAP),
-        "full": lambda: stream(streams, all_meters()),
+        "full": lambda: stream(streams, tuple(METERS)),
         "straightforward": lambda: straightforward(streams),
     }
     times = {name: [] for name in contenders}

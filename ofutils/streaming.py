@@ -283,11 +283,6 @@ class AttentionStatistics:
         return {"attention_entropy": float(self.head_entropy.mean())}
 
 
-def all_meters() -> tuple[str, ...]:
-    """Every meter: the full set."""
-    return tuple(METERS)
-
-
 def _spread(mask: Tensor, x: Tensor) -> Tensor:
     """The (B, T) mask as (B, tokens of x): repeated over what stands between axis 0 and the tokens."""
     batch, length = x.shape[0], x.shape[-2]

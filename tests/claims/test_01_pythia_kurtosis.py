@@ -1,18 +1,17 @@
 """Every verdict of 01_pythia_kurtosis, computed once more from the points of its figures."""
 
-import ast
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import pandas as pd
 import pytest
 
+from tests.recomputed import judged, rules_of
+
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures" / "01_pythia_kurtosis"
-T_95_OF_3 = 2.920  # Student's 95% quantile with two degrees of freedom
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +21,7 @@ def committed():
 
 @pytest.fixture(scope="module")
 def rules():
-    cells = json.loads((ROOT / "notebooks" / "01_pythia_kurtosis.ipynb").read_text())["cells"]
-    source = "".join(next(cell["source"] for cell in cells if cell["metadata"].get("tags") == ["parameters"]))
-    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+    return rules_of("01_pythia_kurtosis")
 
 
 def ends(name, column):
@@ -55,14 +52,6 @@ def rank_correlations():
         ranks = model[["kurtosis - 1", "input_correlation_rms"]].rank()
         found[key] = ranks.corr().iloc[0, 1]
     return by_size(found)
-
-
-def judged(values, margin, ratio):
-    values = [math.log(value) for value in values] if ratio else values
-    reach = T_95_OF_3 * stdev(values) / len(values) ** 0.5
-    back = math.exp if ratio else float
-    low, high = back(mean(values) - reach), back(mean(values) + reach)
-    return "holds" if low > margin else "does not hold" if high < margin else "not testable"
 
 
 def test_every_verdict_follows_from_the_points_of_the_figures(committed, rules):

@@ -1,18 +1,16 @@
 """Every verdict of 02_bert_outliers, computed once more from the points of its figures and tables."""
 
-import ast
-import json
-import math
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from tests.recomputed import judged, rules_of
+
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures" / "02_bert_outliers"
-T_95_OF_3 = 2.920  # Student's 95% quantile with two degrees of freedom
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +20,7 @@ def committed():
 
 @pytest.fixture(scope="module")
 def rules():
-    cells = json.loads((ROOT / "notebooks" / "02_bert_outliers.ipynb").read_text())["cells"]
-    source = "".join(next(cell["source"] for cell in cells if cell["metadata"].get("tags") == ["parameters"]))
-    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}
-
-
-def judged(values, margin, ratio):
-    values = [math.log(value) for value in values] if ratio else values
-    reach = T_95_OF_3 * stdev(values) / len(values) ** 0.5
-    back = math.exp if ratio else float
-    low, high = back(mean(values) - reach), back(mean(values) + reach)
-    return "holds" if low > margin else "does not hold" if high < margin else "not testable"
+    return rules_of("02_bert_outliers")
 
 
 def expected():

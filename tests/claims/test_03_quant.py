@@ -1,6 +1,5 @@
 """Every verdict of 03_quant, computed once more from the points of its figure."""
 
-import ast
 import json
 import math
 from pathlib import Path
@@ -8,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
+from tests.recomputed import rules_of
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures" / "03_quant"
@@ -26,9 +27,7 @@ def committed():
 
 @pytest.fixture(scope="module")
 def rules():
-    cells = json.loads((ROOT / "notebooks" / "03_quant.ipynb").read_text())["cells"]
-    source = "".join(next(cell["source"] for cell in cells if cell["metadata"].get("tags") == ["parameters"]))
-    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+    return rules_of("03_quant")
 
 
 def ranks(values):

@@ -1,17 +1,17 @@
 """Every verdict of 05_attention_sinks, computed once more from the points of its figures."""
 
-import ast
 import json
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import pandas as pd
 import pytest
 
+from tests.recomputed import judged, rules_of
+
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures" / "05_attention_sinks"
-T_95_OF_3 = 2.920  # Student's 95% quantile with two degrees of freedom
 RULES = {"weights": "by weight", "activation": "by activation"}
 
 
@@ -27,9 +27,7 @@ def committed():
 
 @pytest.fixture(scope="module")
 def rules():
-    cells = json.loads((ROOT / "notebooks" / "05_attention_sinks.ipynb").read_text())["cells"]
-    source = "".join(next(cell["source"] for cell in cells if cell["metadata"].get("tags") == ["parameters"]))
-    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+    return rules_of("05_attention_sinks")
 
 
 def per_draw(table, column):
@@ -66,14 +64,6 @@ def of_bondarenko(rules):
         "bondarenko2023-small-values": (values, rules["value_factor"], True),
         "bondarenko2023-small-products": (products, rules["output_factor"], True),
     }
-
-
-def judged(values, margin, of_logs):
-    values = [math.log(value) for value in values] if of_logs else values
-    reach = T_95_OF_3 * stdev(values) / len(values) ** 0.5
-    back = math.exp if of_logs else float
-    low, high = back(mean(values) - reach), back(mean(values) + reach)
-    return "holds" if low > margin else "does not hold" if high < margin else "not testable at this scale"
 
 
 def test_every_verdict_follows_from_the_points_of_the_figures(committed, rules):

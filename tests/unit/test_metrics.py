@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ofutils import UserError, metrics, streaming
-from ofutils.streaming import AttentionStatistics, Statistics, all_meters
+from ofutils.streaming import METERS, AttentionStatistics, Statistics
 
 
 def activations(seed=0, shape=(4, 8, 16)):
@@ -68,7 +68,7 @@ def test_the_logged_metrics_equal_the_authors(vectors):
     tensors, expected = vectors("he_metrics")
     assert len(tensors) == 3
     for name, x in tensors.items():
-        plain, streamed = Statistics(all_meters()), Statistics(all_meters())
+        plain, streamed = Statistics(tuple(METERS)), Statistics(tuple(METERS))
         plain.add(x)
         for part in metrics.centred(x).split(1):
             streamed.add(part)
@@ -122,7 +122,7 @@ def test_statistics_equal_the_definitions_however_the_batch_is_cut_or_merged(pie
     x = outlying()
     parts = []
     for chunk in x.chunk(pieces):
-        statistics = Statistics(all_meters())
+        statistics = Statistics(tuple(METERS))
         for half in chunk.chunk(2):
             statistics.add(half)
         parts.append(statistics)
@@ -140,7 +140,7 @@ def test_statistics_equal_the_definitions_however_the_batch_is_cut_or_merged(pie
 
 def test_chunks_of_a_long_batch_change_nothing(monkeypatch):
     x = outlying()
-    whole, chunked = Statistics(all_meters()), Statistics(all_meters())
+    whole, chunked = Statistics(tuple(METERS)), Statistics(tuple(METERS))
     whole.add(x)
     monkeypatch.setattr(streaming, "_CHUNK", 100)
     chunked.add(x)
@@ -158,7 +158,7 @@ def test_padding_counts_nowhere():
     x, lengths = outlying(shape=(4, 10, 16)), [10, 7, 3, 0]
     mask = torch.arange(10) < torch.tensor(lengths)[:, None]
     padded = x.masked_fill(~mask[..., None], float("nan"))
-    statistics, expected = Statistics(all_meters()), Statistics(all_meters())
+    statistics, expected = Statistics(tuple(METERS)), Statistics(tuple(METERS))
     statistics.add(padded, mask)
     for row, length in zip(x, lengths, strict=True):
         if length:
@@ -195,7 +195,7 @@ def test_positions_of_batches_of_different_lengths_add_up():
 
 def test_half_precision_is_summed_in_single():
     x = outlying(shape=(2, 600, 16)).to(torch.bfloat16)
-    half, single = Statistics(all_meters()), Statistics(all_meters())
+    half, single = Statistics(tuple(METERS)), Statistics(tuple(METERS))
     half.add(x)
     single.add(x.double())
     assert half.summary() == pytest.approx(single.summary(), rel=1e-4, abs=1e-5)
@@ -239,7 +239,7 @@ def test_anisotropy_of_equal_and_of_opposite_tokens():
 
 
 def test_the_identity_error_sees_a_wrong_matrix():
-    statistics = Statistics(all_meters())
+    statistics = Statistics(tuple(METERS))
     statistics.add(outlying())
     assert statistics.summary()["identity_error"] < 1e-12
     statistics.sums["gram"][2, 7] *= 1.5
@@ -284,7 +284,7 @@ def test_what_does_not_belong_together_is_not_added_or_merged():
 
 def test_autocast_around_it_changes_nothing():
     x = activations(10, (2, 40, 16)).float() + 3
-    plain, inside = Statistics(all_meters()), Statistics(all_meters())
+    plain, inside = Statistics(tuple(METERS)), Statistics(tuple(METERS))
     plain.add(x)
     with torch.autocast("cpu", torch.bfloat16):
         inside.add(x)
