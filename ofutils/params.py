@@ -179,10 +179,16 @@ def _merged(base: dict, over: dict) -> dict:
 
 @dataclass(frozen=True)
 class Session:
-    """What a notebook knows about its own run: its name and the scale."""
+    """What a notebook knows about its own run: its name, the scale, and the model that was asked for, if any."""
 
     notebook: str
     scale: str
+    model: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where its figures go: `figures/<notebook>`, and a folder of its own in there for a model asked for."""
+        return out() / "figures" / self.notebook / self.model.replace("/", "--")
 
     def provenance(self, **more) -> dict:
         """What the numbers of this run depend on, for the last cell and beside every figure."""
@@ -199,6 +205,9 @@ def start(namespace: dict, notebook: str, paper: str) -> Session:
         namespace: the notebook's `globals()`.
         notebook: its name, e.g. `03_quant`.
         paper: what scale `paper` costs, printed with the line that asks for it.
+
+    Returns:
+        The session. A parameter called `model` that is not empty keeps the figures of this run apart.
 
     Raises:
         UserError: an unknown parameter, a wrong type, a negative integer, an unknown scale.
@@ -220,7 +229,7 @@ def start(namespace: dict, notebook: str, paper: str) -> Session:
         torch.set_num_threads(1)  # more threads only wait for each other at this size
     others = " | ".join(name for name in SCALES if name != scale)
     print(f"scale {scale} ({why}); others: -p scale {others}\n-p scale paper: {paper}")
-    return Session(notebook, scale)
+    return Session(notebook, scale, namespace.get("model", ""))
 
 
 def _injected(history) -> list[str]:

@@ -55,7 +55,7 @@ def log_scale(ax: Axes, which: str) -> None:
 
 
 def save(fig: Figure, session: params.Session, name: str, points: pd.DataFrame, **provenance) -> Path:
-    """Write a figure under `figures/<notebook>/`: the picture, its points as CSV, its provenance as JSON.
+    """Write a figure into the session's folder, `figures/<notebook>/`: the picture, its points as CSV, its provenance as JSON.
 
     Args:
         fig: the figure.
@@ -73,8 +73,8 @@ def save(fig: Figure, session: params.Session, name: str, points: pd.DataFrame, 
 
 
 def save_table(session: params.Session, name: str, points: pd.DataFrame, **provenance) -> Path:
-    """Write a table under `figures/<notebook>/`: CSV, and its provenance as JSON. Returns the CSV's path."""
-    table = params.out() / "figures" / session.notebook / f"{name}.csv"
+    """Write a table into the session's folder: CSV, and its provenance as JSON. Returns the CSV's path."""
+    table = session.folder / f"{name}.csv"
     described = json.dumps(session.provenance(**provenance), indent=1) + "\n"
     write_atomically(table, lambda path: points.to_csv(path, index=False, float_format="%.6g"))
     write_atomically(table.with_suffix(".json"), lambda path: path.write_text(described))

@@ -26,6 +26,14 @@ def test_an_unknown_injected_parameter_is_named_with_a_suggestion():
         params.start(namespace("# Parameters\nstpes = 5\n", stpes=5), "test", "hours")
 
 
+def test_a_model_that_was_asked_for_has_a_folder_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("OFUTILS_OUT", str(tmp_path))
+    figures = tmp_path / "figures" / "test"
+    assert params.start(namespace(), "test", "hours").folder == figures
+    assert params.start(namespace(model=""), "test", "hours").folder == figures
+    assert params.start(namespace(model="a/b"), "test", "hours").folder == figures / "a--b"
+
+
 def test_variables_of_later_cells_do_not_matter_when_the_cell_runs_again(capsys):
     params.start(namespace("# Parameters\nsteps = 5\n", steps=5, results=[1], figure=None), "test", "hours")
     assert "scale tiny (OFUTILS_SCALE)" in capsys.readouterr().out
