@@ -194,7 +194,7 @@ def compare(
     elif high < margin:
         verdict = "does not hold"
     else:
-        verdict = "not testable at this scale: the seeds differ too much"
+        verdict = "not testable at this scale: the margin lies inside the interval"
     return Verdict(claim, paper, low, centre, high, margin, given, verdict, ratio, id)
 
 

@@ -51,7 +51,7 @@ def judged(values, margin, ratio):
         return low, middle, high, "holds"
     if high < margin:
         return low, middle, high, "does not hold"
-    return low, middle, high, "not testable at this scale: the seeds differ too much"
+    return low, middle, high, "not testable at this scale: the margin lies inside the interval"
 
 
 def ffn_share():

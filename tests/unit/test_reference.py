@@ -34,7 +34,7 @@ def test_unknown_papers_and_items_name_the_known_ones():
     [
         ([2.0, 2.1, 1.9], "holds"),
         ([0.1, 0.2, 0.15], "does not hold"),
-        ([0.0, 1.0, 3.0], "not testable at this scale: the seeds differ too much"),
+        ([0.0, 1.0, 3.0], "not testable at this scale: the margin lies inside the interval"),
         ([2.0, 2.1], "not testable at this scale: 2 of 3 seeds"),
         ([], "not testable at this scale: 0 of 3 seeds"),
     ],
