@@ -55,7 +55,7 @@ def log_scale(ax: Axes, which: str) -> None:
 
 
 def save(fig: Figure, session: params.Session, name: str, points: pd.DataFrame, **provenance) -> Path:
-    """Write a figure into the session's folder, `figures/<notebook>/`: the picture, its points as CSV, its provenance as JSON.
+    """Write a figure into the session's folder: the picture, its points as CSV, its provenance as JSON.
 
     Args:
         fig: the figure.

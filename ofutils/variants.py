@@ -3,7 +3,8 @@
 `transformed` takes a tokenized corpus and a name of `VARIANTS`:
 
     natural           as it is
-    flattened         each frequent id split into several, chosen by position: near equal frequencies, same text
+    flattened         each frequent id split into several, chosen by position: same text, frequent ids levelled
+    evenly split      every id split into equally many, likewise: its control, natural frequencies on more ids
     shuffled          the same tokens in random order: frequencies kept, nothing to predict from
     uniform           every id equally likely, independent of all others
     one separator     an id of its own at the start of each row
@@ -18,7 +19,7 @@ import numpy as np
 
 from ofutils import params
 
-VARIANTS = ("natural", "flattened", "shuffled", "uniform", "one separator", "many separators")
+VARIANTS = ("natural", "flattened", "evenly split", "shuffled", "uniform", "one separator", "many separators")
 
 
 def transformed(tokens, variant: str, vocab: int, context: int):
@@ -26,8 +27,8 @@ def transformed(tokens, variant: str, vocab: int, context: int):
 
     Args:
         tokens: a `data.Tokens`, both splits.
-        vocab: ids of the model; `flattened` and `uniform` use all, separators take the first that the tokenizer
-            does not have.
+        vocab: ids of the model; `uniform` and the two that split use all, separators take the first one that the
+            tokenizer does not have.
         context: tokens of a row.
 
     Returns:
@@ -38,15 +39,17 @@ def transformed(tokens, variant: str, vocab: int, context: int):
     """
     if variant == "natural":
         return tokens
-    needs = variant in ("flattened", "one separator", "many separators")
+    needs = variant not in ("shuffled", "uniform")
     few = f"variant {variant!r} needs ids beyond the tokenizer's {tokens.vocab}: set bpe below model.vocab"
     params.require(vocab > tokens.vocab or not needs, few)
-    copies = split_sizes(np.bincount(tokens.train, minlength=tokens.vocab), vocab) if variant == "flattened" else None
+    copies = np.full(tokens.vocab, vocab // tokens.vocab)
+    if variant == "flattened":
+        copies = split_sizes(np.bincount(tokens.train, minlength=tokens.vocab), vocab)
     ends = np.array(["Ċ" in (tokens.tokenizer.id_to_token(one) or "") for one in range(tokens.vocab)])
 
     def row(ids: np.ndarray, seed: int) -> np.ndarray:
         ids, generator = np.asarray(ids, np.int32), np.random.default_rng(seed)
-        if variant == "flattened":
+        if variant in ("flattened", "evenly split"):
             return flattened(ids, copies)
         if variant == "shuffled":
             return generator.permutation(ids)
@@ -66,7 +69,12 @@ def split_sizes(counts: np.ndarray, vocab: int) -> np.ndarray:
 
     Returns:
         (V,) int64.
+
+    Raises:
+        UserError: fewer than V ids to split into, or nothing was counted.
     """
+    params.require(vocab >= len(counts), f"{len(counts)} ids cannot be split into {vocab}")
+    params.require(counts.sum() > 0, "nothing was counted: no id can be split in proportion")
     share = counts / counts.sum()
     low, high = 0.0, float(vocab)
     for _ in range(50):  # the largest scale that fits

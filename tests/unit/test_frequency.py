@@ -1,143 +1,11 @@
-"""Token counts, and correlations against what is planted and against direct formulas."""
+"""Token counts: of a text, as shipped, and through the authors' mapping."""
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from ofutils import UserError, frequency, hub
-
-VOCAB, WIDTH = 40, 6
-
-
-class Model(nn.Module):
-    """Its one site is what a table says of each (id, position)."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.table, self.site = nn.Parameter(table), nn.Identity()
-
-    def sites(self):
-        return {"site": self.site}
-
-    def forward(self, input_ids, attention_mask=None):
-        return self.site(self.table[input_ids, torch.arange(input_ids.shape[1])])
-
-
-def text(rows=24, longest=9):
-    """Rows of ids, frequent ones small, padded with an id that stands in the text too."""
-    lengths = torch.randint(3, longest + 1, (rows,))
-    ids = (VOCAB * torch.rand(rows, longest) ** 2).long()
-    mask = (torch.arange(longest) < lengths[:, None]).long()
-    return {"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask}
-
-
-def split(batch, size):
-    return [{name: value[i : i + size] for name, value in batch.items()} for i in range(0, 24, size)]
-
-
-@pytest.fixture
-def given():
-    model = Model(torch.randn(VOCAB, 9, WIDTH))
-    counts = {"zipf": (1e6 / torch.arange(1.0, VOCAB + 1)).round(), "other": torch.rand(VOCAB) * 100}
-    counts["other"][torch.tensor([3, 4])] = torch.nan
-    kept = {"all": torch.ones(VOCAB, dtype=torch.bool), "odd": torch.arange(VOCAB) % 2 == 1}
-    return model, text(), {n: c.double() for n, c in counts.items()}, kept
-
-
-def flat(model, batch, counts, kept):
-    """ids, x and |h| of the tokens that count, as data frames."""
-    real = batch["attention_mask"].bool()
-    ids, h = batch["input_ids"][real], model(**batch).detach()[real].abs().double()
-    inside = kept[ids] & counts[ids].isfinite()
-    return ids[inside], pd.Series(counts[ids][inside].numpy()), pd.DataFrame(h[inside].numpy())
-
-
-@pytest.mark.parametrize("tokens", ["all", "odd"])
-@pytest.mark.parametrize("name", ["zipf", "other"])
-@pytest.mark.parametrize("level", ["token", "type"])
-def test_it_equals_the_direct_formulas(given, tokens, name, level):
-    model, batch, counts, kept = given
-    found = frequency.correlate(model, split(batch, 5), counts, kept, "site")
-    ids, x, h = flat(model, batch, counts[name], kept[tokens])
-    if level == "type":
-        x, h = x.groupby(ids.numpy()).mean(), h.groupby(ids.numpy()).mean()
-    assert found.tokens(tokens, name, level) == len(x)
-    expected = {
-        "raw": h.corrwith(x),
-        "log": h.corrwith(np.log1p(x)),
-        "spearman": h.rank().corrwith(x.rank()),
-    }
-    for measure in frequency.MEASURES:
-        assert found.r(measure, tokens, name, level)[0].tolist() == pytest.approx(
-            expected[measure].tolist(), abs=1e-9
-        )
-
-
-def test_the_split_into_batches_changes_nothing(given, monkeypatch):
-    model, batch, counts, kept = given
-    for first in (4096, 50):  # all tokens settle the bins, and the first 50
-        monkeypatch.setattr(frequency, "_FIRST", first)
-        one, other = (frequency.correlate(model, split(batch, size), counts, kept, "site") for size in (24, 7))
-        for measure in frequency.MEASURES:
-            assert torch.allclose(one.r(measure, "odd", "other"), other.r(measure, "odd", "other"))
-        assert torch.allclose(one.interval("raw", "all", "zipf"), other.interval("raw", "all", "zipf"))
-
-
-def test_many_tokens_share_bins_and_the_rank_correlation_hardly_changes(given):
-    model, _, counts, kept = given
-    batches = [text() for _ in range(40)]
-    ranks = frequency.correlate(model, batches, counts, kept, "site").r("spearman", "all", "zipf")[0]
-    parts = [flat(model, batch, counts["zipf"], kept["all"])[1:] for batch in batches]
-    x, h = pd.concat([x for x, _ in parts], ignore_index=True), pd.concat([h for _, h in parts], ignore_index=True)
-    assert ranks.tolist() == pytest.approx(h.rank().corrwith(x.rank()).tolist(), abs=3e-3)
-
-
-def test_a_planted_dimension_is_found_and_the_others_are_not(given):
-    _, _, counts, kept = given
-    table = torch.randn(VOCAB, 9, WIDTH)
-    table[:, :, 2] = counts["zipf"].float()[:, None] * torch.where(torch.rand(VOCAB, 9) < 0.5, -1, 1)
-    table[:, :, 4] = counts["zipf"].log1p().float()[:, None]
-    table[:, :, 5] = 7.0
-    found = frequency.correlate(Model(table), [text() for _ in range(20)], counts, kept, "site")
-    raw, log, ranks = (found.r(measure, "all", "zipf")[0] for measure in frequency.MEASURES)
-    assert raw[2] == pytest.approx(1, abs=1e-6) and log[4] == pytest.approx(1, abs=1e-6)
-    assert ranks[2] == pytest.approx(1, abs=1e-3) and ranks[4] == pytest.approx(1, abs=1e-3)
-    assert raw[[0, 1, 3]].abs().max() < 0.2
-    assert raw[5].isnan() and ranks[5].isnan()
-    low, high = found.interval("raw", "all", "zipf")[:, 0]
-    assert (low[:5] <= raw[:5] + 1e-9).all() and (raw[:5] <= high[:5] + 1e-9).all()
-    assert (high - low)[[0, 1, 3]].min() > 0.01
-
-
-def test_padding_counts_nowhere(given):
-    model, batch, counts, kept = given
-    longer = {n: torch.cat([v, torch.zeros(24, 0, dtype=torch.long)], 1) for n, v in batch.items()}
-    longer["input_ids"] = longer["input_ids"].masked_fill(longer["attention_mask"] == 0, 17)
-    one, other = (frequency.correlate(model, [b], counts, kept, "site") for b in (batch, longer))
-    for measure in frequency.MEASURES:
-        assert torch.equal(one.r(measure, "all", "zipf"), other.r(measure, "all", "zipf"))
-
-
-def test_bad_input_is_one_clear_line(given):
-    model, batch, counts, kept = given
-    with pytest.raises(UserError, match="no batches"):
-        frequency.correlate(model, [], counts, kept, "site")
-    with pytest.raises(UserError, match="beyond the counts, which have 3 ids"):
-        frequency.correlate(model, [batch], {"zipf": torch.ones(3)}, kept, "site")
-    found = frequency.correlate(model, [batch], counts, kept, "site")
-    with pytest.raises(UserError, match="did you mean 'zipf'"):
-        found.r("raw", "all", "zpif")
-    with pytest.raises(UserError, match="known: raw, log, spearman"):
-        found.r("kendall", "all", "zipf")
-    with pytest.raises(UserError, match="intervals are of raw and log"):
-        found.interval("spearman", "all", "zipf")
-
-
-# --- counts
 
 
 def test_count_equals_counting_by_hand():
@@ -217,3 +85,19 @@ def test_the_shipped_counts_of_roberta_say_what_cannot_be_recovered():
     assert len(shared) == 378 and len(strings) <= 26
     own = table[~table["shared"]][["wikipedia", "books"]].to_numpy().sum()
     assert own == 4_390_094_768 - 392_376_479
+
+
+def test_tables_are_the_counts_by_name():
+    tokenizer, texts = hub.tokenizer(hub.STAND_IN), ["ab a", "b"]
+    found, own = frequency.tables(tokenizer, texts, "text"), frequency.count(tokenizer, texts)
+    assert torch.equal(found["counts"], own) and torch.equal(found["this text"], own)
+    assert torch.equal(found["authors' mapping"], frequency.as_the_authors(tokenizer, own))
+    with pytest.raises(UserError, match="counts must be shipped or text, got 'own'"):
+        frequency.tables(tokenizer, texts, "own")
+
+
+def test_tables_of_shipped_counts(berts):
+    found = frequency.tables(berts, ["the cat"])
+    the, piece = berts.convert_tokens_to_ids(["the", "##s"])
+    assert found["counts"][piece] == 13_768_496 and found["authors' mapping"][piece] == 0
+    assert found["this text"][the] == 1 and found["counts"][the] == found["authors' mapping"][the] == 189_002_637

@@ -46,6 +46,24 @@ def test_flattened_keeps_the_text_and_levels_its_frequencies(texts):
     assert np.bincount(flat.train[common])[flat.train[common].min() :].min() > 0  # every copy is used
 
 
+def test_evenly_split_keeps_the_text_and_the_shape_of_its_frequencies(texts):
+    natural, split = texts["natural"], texts["evenly split"]
+    assert np.array_equal(split.train // 2, natural.train) and np.array_equal(
+        split.validation // 2, natural.validation
+    )
+    assert entropy(split.train) == pytest.approx(entropy(natural.train) + 1, abs=0.05)
+    counts = np.bincount(split.train, minlength=560).reshape(-1, 2)
+    often = counts.sum(1) > 400
+    assert often.any() and (np.abs(counts[often, 0] / counts[often].sum(1) - 0.5) < 0.1).all()
+
+
+def test_what_cannot_be_split_is_one_clear_line():
+    with pytest.raises(UserError, match="4 ids cannot be split into 3"):
+        variants.split_sizes(np.ones(4), 3)
+    with pytest.raises(UserError, match="nothing was counted"):
+        variants.split_sizes(np.zeros(4), 8)
+
+
 def test_shuffled_keeps_the_frequencies_and_uniform_neither(texts):
     natural, shuffled, uniform = (texts[name].train for name in ("natural", "shuffled", "uniform"))
     assert np.array_equal(np.bincount(natural), np.bincount(shuffled)) and not np.array_equal(natural, shuffled)
