@@ -3,7 +3,7 @@
     token_groups(tokenizer)            which ids are start, separator, punctuation, other
     survey(model, batches, groups)     per block: `SinkStatistics`, in one pass
     table(survey)                      one row per head, for a data frame
-    gates(model, batches)              per block: what the gates of gated attention let through
+    correlations(survey)               one row per dimension, for a data frame
     outliers(model, batches, vocab)    per block: `OutlierCounts`, six-sigma entries by token, position, dimension
 
 Padding counts nowhere, neither as a query nor as a key, except in the one number that says so.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ofutils import UserError, params, probes
+from ofutils import UserError, probes
 from ofutils.probes import Batch
 from ofutils.transformer import Transformer
 
@@ -25,20 +25,25 @@ GROUPS = ("start", "separator", "punctuation", "other")
 
 #: What `SinkStatistics.correlation` can be asked for.
 CORRELATIONS = ("input", "words", "output")
+#: Families of transformers whose attention sees the whole row.
+ENCODERS = ("bert", "roberta", "vit")
+#: What `SinkStatistics` says of each head in one number, beside its shares.
+NUMBERS = ("evenness", "largest", "zeros", "value_ratio", "output", "undrained", "passed")
 
 
 def token_groups(tokenizer) -> Tensor:
     """The group of every id of a tokenizer of transformers.
 
-    Punctuation: tokens of ASCII punctuation alone, whatever marks a word's start or middle (`##`, `Ġ`) left
-    aside. Special tokens other than the first and the separator are `other`.
+    Punctuation: tokens of ASCII punctuation alone, whatever marks a word's start or middle (`##`, `Ġ`, `▁`)
+    left aside. Special tokens other than the first and the separator are `other`.
 
     Returns:
         (V,) int64, indices into `GROUPS`.
     """
     marks = set(string.punctuation)
     pieces = (str(piece) for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
-    bare = [piece.removeprefix("Ġ") if len(piece) < 3 else piece.removeprefix("##") for piece in pieces]
+    bare = [piece.removeprefix("Ġ").removeprefix("▁") for piece in pieces]  # "##" alone is two signs, no mark
+    bare = [piece.removeprefix("##") if len(piece) > 2 else piece for piece in bare]
     found = torch.tensor([2 if piece and set(piece) <= marks else 3 for piece in bare])
     found[[id for id in tokenizer.all_special_ids if id < len(found)]] = 3
     for group, names in ((1, ("sep_token_id", "eos_token_id")), (0, ("cls_token_id", "bos_token_id"))):
@@ -53,14 +58,23 @@ class SinkStatistics:
 
     With P the probabilities of a head in one row of n tokens, the attention that position t receives is
     a_t = mean over queries of P[query, t]. A vertical line in the map of P is a large a_t; the *sink* of a
-    head in a row is the position with the largest one.
+    head in a row is the position with the largest one. *Special* tokens are start and separator.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
     def add(
-        self, probs: Tensor, v: Tensor, context: Tensor, before: Tensor, after: Tensor, groups: Tensor, mask=None
+        self,
+        probs: Tensor,
+        v: Tensor,
+        context: Tensor,
+        before: Tensor,
+        after: Tensor,
+        groups: Tensor,
+        mask: Tensor | None = None,
+        gated: Tensor | None = None,
+        causal: bool = False,
     ) -> None:
         """Take in one batch.
 
@@ -70,14 +84,37 @@ class SinkStatistics:
             before, after: (B, T, D): the hidden states that enter and leave the block.
             groups: (B, T), indices into `GROUPS`.
             mask: (B, T), true where there is a token and not padding.
+            gated: (B, T, D), the context behind a gate; None where there is no gate.
+            causal: whether a query sees no later key; those keys are no zeros.
         """
         mask = torch.ones_like(groups, dtype=torch.bool) if mask is None else mask.bool()
+        gated = context if gated is None else gated
         fed = mask.sum(1) > 1  # a row of one token has nowhere else to look
-        probs, v, context, before, after, groups, mask = (
-            x[fed] for x in (probs, v, context, before, after, groups, mask)
+        probs, v, context, gated, before, after, groups, mask = (
+            x[fed] for x in (probs, v, context, gated, before, after, groups, mask)
         )
-        heads, counts = probs.shape[1], mask.sum(1).double()  # n
-        exact = torch.promote_types(probs.dtype, torch.float32)
+        heads, exact = probs.shape[1], torch.promote_types(probs.dtype, torch.float32)
+        received, sink = self._add_attention(probs, groups, mask, causal)
+        v, context, gated = (x.unflatten(-1, (heads, -1)).to(exact) for x in (v, context, gated))  # (B, T, H, K)
+        rest = probs.to(exact) * (mask & (groups > 1))[:, None, None]  # to special tokens nothing
+        rest = rest / rest.sum(-1, keepdim=True).clamp(min=torch.finfo(exact).tiny)
+        undrained = (rest @ v.transpose(1, 2)).transpose(1, 2)
+        self._add_values(v, {"output": context, "passed": gated, "undrained": undrained}, groups, sink, mask)
+        everywhere = probs.to(exact).mean(2).double()  # (B, H, T), of padding queries too
+        self._add_products("input", received, before, mask, centred=True)
+        self._add_products("words", received, before, mask & (groups > 1), centred=True)
+        self._add_products("output", everywhere, after, mask, centred=False)
+
+    @torch.no_grad()
+    def add_attention(self, probs: Tensor, groups: Tensor, mask: Tensor | None = None, causal: bool = False) -> None:
+        """Take in the probabilities of one batch and nothing else: there are no values and no correlations then."""
+        mask = torch.ones_like(groups, dtype=torch.bool) if mask is None else mask.bool()
+        fed = mask.sum(1) > 1
+        self._add_attention(probs[fed], groups[fed], mask[fed], causal)
+
+    def _add_attention(self, probs: Tensor, groups: Tensor, mask: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        """a_t (B, H, T) and the sink of each row (B, H)."""
+        counts, exact = mask.sum(1).double(), torch.promote_types(probs.dtype, torch.float32)  # n
         received = torch.einsum("bhqk,bq->bhk", probs.to(exact), mask.to(exact)).double() * mask[:, None]
         received /= counts[:, None, None]  # (B, H, T): a_t
         self._sum(rows=len(probs), queries=counts.sum())
@@ -85,36 +122,37 @@ class SinkStatistics:
         self._sum(mass=torch.einsum("bhk,bkg->hg", received, kinds))
         shares = received / received.sum(-1, keepdim=True).clamp(min=1e-300)
         self._sum(evenness=(torch.special.entr(shares).sum(-1) / counts.log()[:, None]).sum(0))
-        largest, sink = received.max(-1)  # (B, H)
+        largest, sink = shares.max(-1)  # (B, H)
         self._sum(largest=largest.sum(0))
-        self._add_zeros(probs, mask)
-        self._add_values(*(x.unflatten(-1, (heads, -1)).to(exact) for x in (v, context)), sink, mask)
-        everywhere = probs.to(exact).mean(2).double()  # (B, H, T), of padding queries too
-        self._add_products("input", received, before, mask)
-        self._add_products("words", received, before, mask & (groups > 1))
-        self._add_products("output", everywhere, after, mask)
-
-    def _add_zeros(self, probs: Tensor, mask: Tensor) -> None:
         visible = mask[:, :, None] & mask[:, None, :]  # (B, T, T)
-        if not probs.triu(1).any():  # causal: nobody looks ahead
-            visible = visible.tril()
+        visible = visible.tril() if causal else visible
         self._sum(pairs=visible.sum(), zeros=((probs == 0) & visible[:, None]).sum((0, 2, 3)))
+        return received, sink
 
-    def _add_values(self, v: Tensor, context: Tensor, sink: Tensor, mask: Tensor) -> None:
-        """v and context: (B, T, H, K); sink: (B, H)."""
+    def _add_values(self, v: Tensor, outputs: dict[str, Tensor], groups: Tensor, sink: Tensor, mask: Tensor) -> None:
+        """v and outputs: (B, T, H, K); sink: (B, H)."""
         tiny = torch.finfo(torch.float32).tiny
-        length, size = v.norm(dim=-1).double(), context.norm(dim=-1).double()  # (B, T, H)
+        length = v.norm(dim=-1).double()  # (B, T, H)
         at = length.gather(1, sink[:, None])[:, 0]  # (B, H)
         others = length.masked_fill(~mask[..., None], torch.inf).scatter(1, sink[:, None], torch.inf)
         middle = ((mask.sum(1) - 2) // 2)[:, None, None].expand_as(sink[:, None])  # the lower median of n - 1
         median = others.sort(1).values.gather(1, middle)[:, 0].clamp(min=tiny)  # (B, H)
         self._sum(log_ratio=(at / median).clamp(min=tiny).log().sum(0))
-        mean = (size * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, H)
-        self._sum(output=(mean / median).sum(0))
+        kinds = nn.functional.one_hot(groups, len(GROUPS)).double() * mask[..., None]  # (B, T, G)
+        logs = (length / median[:, None]).clamp(min=tiny).log()  # (B, T, H)
+        self._sum(log_values=torch.einsum("bth,btg->hg", logs, kinds), counts=kinds.sum((0, 1)))
+        for name, x in outputs.items():
+            mean = (x.norm(dim=-1).double() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # (B, H)
+            self._sum(**{name: (mean / median).sum(0)})
 
-    def _add_products(self, name: str, received: Tensor, hidden: Tensor, mask: Tensor) -> None:
-        a, x = received.transpose(1, 2)[mask], hidden.abs()[mask].double()  # (n, H), (n, D)
-        parts = {"n": torch.tensor(len(a)), "a": a.sum(0), "aa": a.square().sum(0)}
+    def _add_products(self, name: str, received: Tensor, hidden: Tensor, mask: Tensor, centred: bool) -> None:
+        a, x = received.transpose(1, 2), hidden.abs().double()  # (B, T, H), (B, T, D)
+        sizes = {"a size": a[mask].square().sum(0), "x size": x[mask].square().sum(0)}
+        if centred:  # by row
+            real, count = mask[..., None].double(), mask.sum(1).clamp(min=1)[:, None, None]
+            a, x = (one - (one * real).sum(1, keepdim=True) / count for one in (a, x))
+        a, x = a[mask], x[mask]  # (n, H), (n, D)
+        parts = {"n": torch.tensor(len(a)), "a": a.sum(0), "aa": a.square().sum(0)} | sizes
         parts |= {"x": x.sum(0), "xx": x.square().sum(0), "ax": a.T @ x}
         self._sum(**{f"{name} {key}": part for key, part in parts.items()})
 
@@ -141,7 +179,8 @@ class SinkStatistics:
 
     @property
     def largest(self) -> Tensor:
-        """(H,): the attention that the sink of a row receives, mean over rows."""
+        """(H,): of the attention that a head hands out in a row, the share of the sink, mean over rows. Clipped
+        probabilities need not sum to 1: what is not handed out does not count."""
         return self.sums["largest"] / self.sums["rows"]
 
     @property
@@ -160,13 +199,29 @@ class SinkStatistics:
         nothing; 1: it hands on what one token holds."""
         return self.sums["output"] / self.sums["rows"]
 
+    @property
+    def undrained(self) -> Tensor:
+        """(H,): what `output` would be if the attention to special tokens went to the others, in proportion."""
+        return self.sums["undrained"] / self.sums["rows"]
+
+    @property
+    def values(self) -> Tensor:
+        """(H, G): |v| over the same median |v|, geometric mean over the tokens of each group; nan of none."""
+        return (self.sums["log_values"] / self.sums["counts"]).exp()
+
+    @property
+    def passed(self) -> Tensor:
+        """(H,): the same of what a gate lets through; `output` where there is no gate."""
+        return self.sums["passed"] / self.sums["rows"]
+
     def correlation(self, hidden: str = "input") -> Tensor:
         """Pearson's r over tokens between |h_t[d]| and the attention that t receives, for every head and dimension.
 
         Args:
-            hidden: `input`: h enters the block, so that attention can depend on it, and a_t averages over tokens;
-                `words`: the same over tokens other than start and separator; `output`: h leaves the block and a_t
-                averages over padding queries too, as in the authors' code.
+            hidden: `input`: h enters the block, so that attention can depend on it; both are taken as deviations
+                from their mean in the row, since a_t is 1 / n on average and long rows would stand out;
+                `words`: the same among tokens that are not special; `output`: h leaves the block, a_t averages
+                over padding queries too, and no mean is taken off, as in the authors' code.
 
         Returns:
             (H, D) float64 in [-1, 1]; nan where either is constant.
@@ -177,13 +232,16 @@ class SinkStatistics:
             raise UserError(f"unknown hidden state {hidden!r}; known: {', '.join(CORRELATIONS)}")
         n, a, aa, x, xx, ax = (self.sums[f"{hidden} {key}"] for key in ("n", "a", "aa", "x", "xx", "ax"))
         spread_a, spread_x = ((s2 / n - (s / n).square()).clamp(min=0) for s, s2 in ((a, aa), (x, xx)))
-        flat_a, flat_x = spread_a <= 1e-12 * aa / n, spread_x <= 1e-12 * xx / n  # constant but for rounding
+        sizes = (self.sums[f"{hidden} {part} size"] / n for part in "ax")
+        flat_a, flat_x = (s2 <= 1e-12 * size for s2, size in zip((spread_a, spread_x), sizes, strict=True))
         r = (ax / n - torch.outer(a, x) / n**2) / torch.outer(spread_a.sqrt(), spread_x.sqrt())
         return r.masked_fill(flat_a[:, None] | flat_x, torch.nan).clamp(-1, 1)
 
 
 @torch.no_grad()
-def survey(model: nn.Module, batches: Iterable[Batch], groups: Tensor) -> list[SinkStatistics]:
+def survey(
+    model: nn.Module, batches: Iterable[Batch], groups: Tensor, only_attention: bool = False
+) -> list[SinkStatistics]:
     """`SinkStatistics` of every block, in one pass.
 
     Args:
@@ -191,6 +249,7 @@ def survey(model: nn.Module, batches: Iterable[Batch], groups: Tensor) -> list[S
             model with eager attention.
         batches: as for `probes.measure`.
         groups: (V,), from `token_groups`.
+        only_attention: take in `probs` alone, see `SinkStatistics.add_attention`; for many looks at one model.
 
     Raises:
         UserError: no batches, or a site that the model lacks.
@@ -199,68 +258,59 @@ def survey(model: nn.Module, batches: Iterable[Batch], groups: Tensor) -> list[S
     last = "norm_final" if "norm_final" in model.sites() else f"blocks.{layers - 1}.norm2"
     streams = [*(f"blocks.{layer}.resid_pre" for layer in range(layers)), last]
     found = [SinkStatistics() for _ in range(layers)]
-    with probes.capture(model, ["probs", "v", "context", *streams]) as kept:
+    gated = ["gated"] if "blocks.0.gated" in model.sites() else []
+    causal = model.config.causal if isinstance(model, Transformer) else model.model.config.model_type not in ENCODERS
+    with probes.capture(model, ["probs"] if only_attention else ["probs", "v", "context", *gated, *streams]) as kept:
         for batch in batches:
             probes.run(model, batch)
-            ids, mask = _ids_and_mask(batch, kept[last].device)
+            ids, mask = ids_and_mask(batch, next(model.parameters()).device)
+            of = groups.to(ids.device)[ids]
             for layer, statistics in enumerate(found):
+                if only_attention:
+                    statistics.add_attention(kept[f"blocks.{layer}.probs"], of, mask, causal)
+                    continue
                 own = [kept[f"blocks.{layer}.{site}"] for site in ("probs", "v", "context")]
                 hidden = kept[streams[layer]], kept[streams[layer + 1]]
-                statistics.add(*own, *hidden, groups.to(ids.device)[ids], mask)
+                statistics.add(*own, *hidden, of, mask, kept.get(f"blocks.{layer}.gated"), causal)
     if not found or not found[0].sums:
         raise UserError("nothing to survey: no batches, or no attention")
     return found
 
 
 def table(survey: list[SinkStatistics]) -> list[dict]:
-    """One row per head: block, head, its share for each group, and every number that `SinkStatistics` has for it."""
+    """One row per head: block, head, its share for each group, |v| at each group, and `NUMBERS`."""
     rows = []
     for block, one in enumerate(survey):
         columns = dict(zip(GROUPS, one.shares.T.tolist(), strict=True))
-        columns |= {
-            name: getattr(one, name).tolist() for name in ("evenness", "largest", "zeros", "value_ratio", "output")
-        }
+        columns |= {f"value_{name}": column for name, column in zip(GROUPS, one.values.T.tolist(), strict=True)}
+        columns |= {name: getattr(one, name).tolist() for name in NUMBERS}
         for head in range(len(one.evenness)):
             rows.append({"block": block, "head": head} | {name: values[head] for name, values in columns.items()})
     return rows
 
 
-def _ids_and_mask(batch: Batch, device) -> tuple[Tensor, Tensor | None]:
+def correlations(survey: list[SinkStatistics], hidden: str = "input") -> list[dict]:
+    """One row per block and dimension: the smallest, the mean and the largest r over heads (`low`, `r`, `high`).
+
+    Args:
+        hidden: as for `SinkStatistics.correlation`.
+    """
+    rows = []
+    for block, one in enumerate(survey):
+        r = one.correlation(hidden)  # (H, D)
+        parts = zip(r.amin(0).tolist(), r.mean(0).tolist(), r.amax(0).tolist(), strict=True)
+        for dimension, (low, mean, high) in enumerate(parts):
+            own = {"hidden": hidden, "block": block, "dimension": dimension}
+            rows.append(own | {"low": low, "r": mean, "high": high})
+    return rows
+
+
+def ids_and_mask(batch: Batch, device) -> tuple[Tensor, Tensor | None]:
+    """The ids of a batch and, true at tokens, its mask (None without padding), both (B, T) on the device."""
     if torch.is_tensor(batch):
         return batch.to(device), None
     mask = batch.get("attention_mask")
     return batch["input_ids"].to(device), None if mask is None else mask.bool().to(device)
-
-
-@torch.no_grad()
-def gates(model: Transformer, batches: Iterable[Batch]) -> list[Tensor]:
-    """pi of every block: the gate's value for each token and head, (N, H) in (0, 1) on the CPU, padding left out.
-
-    Raises:
-        UserError: a model without gates.
-    """
-    modules = [block.attention.gate for block in model.blocks]
-    params.require(all(modules), "this model has no gates")
-    found: list[list[Tensor]] = [[] for _ in modules]
-    now: list[Tensor] = [torch.empty(0) for _ in modules]
-
-    def keep(index):
-        def function(_, __, pi):
-            now[index] = pi
-
-        return function
-
-    handles = [gate.register_forward_hook(keep(index)) for index, gate in enumerate(modules)]
-    try:
-        for batch in batches:
-            probes.run(model, batch)
-            _, mask = _ids_and_mask(batch, now[0].device)
-            for parts, pi in zip(found, now, strict=True):
-                parts.append((pi.flatten(0, 1) if mask is None else pi[mask]).cpu())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [torch.cat(parts) for parts in found]
 
 
 @dataclass
@@ -299,7 +349,7 @@ def outliers(model: nn.Module, batches: Iterable[Batch], vocab: int, site: str =
         for batch in batches:
             probes.run(model, batch)
             for name in names:
-                ids, mask = _ids_and_mask(batch, kept[name].device)
+                ids, mask = ids_and_mask(batch, kept[name].device)
                 parts = _count(
                     kept[name], ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, vocab
                 )

@@ -22,7 +22,7 @@ BERT = TransformerConfig(
     embed_norm=True,
     head="none",
 )
-NUMBERS = ("shares", "evenness", "largest", "zeros", "value_ratio", "output")
+NUMBERS = ("shares", "values", *sinks.NUMBERS)
 
 
 def tensors(rows=3, length=6, heads=2, width=8):
@@ -35,15 +35,15 @@ def tensors(rows=3, length=6, heads=2, width=8):
     return [probs, v, context, torch.randn(rows, length, width), torch.randn(rows, length, width), groups]
 
 
-def survey(parts, mask=None):
+def survey(parts, mask=None, **options):
     found = sinks.SinkStatistics()
-    found.add(*parts, mask)
+    found.add(*parts, mask, **options)
     return found
 
 
 def assert_same(a, b, tolerance=1e-5, variants=sinks.CORRELATIONS):
     for name in NUMBERS:
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=tolerance, atol=tolerance, equal_nan=True)
     for variant in variants:
         torch.testing.assert_close(a.correlation(variant), b.correlation(variant), rtol=tolerance, atol=tolerance)
 
@@ -102,7 +102,11 @@ def test_correlation_is_pearsons_r():
         ("words", before, words),
         ("output", after, groups >= 0),
     ):
-        a, x = probs.mean(2).transpose(1, 2)[kept], hidden.abs()[kept]
+        a, x = probs.mean(2).transpose(1, 2), hidden.abs()
+        if variant != "output":  # deviations from the mean of each row
+            means = [(one * kept[..., None]).sum(1, keepdim=True) / kept.sum(1)[:, None, None] for one in (a, x)]
+            a, x = a - means[0], x - means[1]
+        a, x = a[kept], x[kept]
         expected = torch.corrcoef(torch.cat([a, x], 1).double().T)[:2, 2:]
         torch.testing.assert_close(found.correlation(variant), expected, rtol=1e-6, atol=1e-6)
 
@@ -136,7 +140,59 @@ def test_heads_that_attend_to_nothing_at_all_stay_finite():
 def test_keys_that_a_causal_query_cannot_see_are_no_zeros():
     parts = tensors()
     parts[0] = torch.softmax(torch.randn(3, 2, 6, 6).masked_fill(~torch.ones(6, 6).tril().bool(), -torch.inf), -1)
-    assert survey(parts).zeros.tolist() == [0, 0]
+    assert survey(parts, causal=True).zeros.tolist() == [0, 0]
+    assert survey(parts).zeros.tolist() == pytest.approx([15 / 36] * 2)
+
+
+def test_hard_attention_to_the_first_token_is_not_taken_for_causal():
+    parts = tensors()
+    parts[0] = torch.zeros(3, 2, 6, 6)
+    parts[0][..., 0] = 1
+    assert survey(parts).zeros.tolist() == pytest.approx([5 / 6] * 2)
+
+
+def test_the_largest_column_is_a_share_of_what_is_handed_out():
+    parts = tensors()
+    whole = survey(parts)
+    parts[0] = parts[0] * 0.3  # as if clipped
+    assert torch.allclose(survey(parts).largest, whole.largest, atol=1e-6)
+
+
+def test_a_head_undrained_hands_on_what_its_other_attention_finds():
+    parts = tensors(rows=1, length=4, heads=1, width=2)
+    parts[0] = torch.tensor([0.8, 0.15, 0.05, 0.0]).expand(1, 1, 4, 4)
+    parts[1] = torch.tensor([[[0.0, 0.0], [2.0, 0.0], [0.0, 4.0], [9.0, 9.0]]])
+    parts[2] = (parts[0] @ parts[1][:, None])[:, 0]
+    parts[5] = torch.tensor([[0, 3, 3, 1]])
+    found, median = survey(parts), 4.0  # of 2, 4 and 12.7: the sink, which is the start, is left out
+    assert float(found.output) == pytest.approx(math.hypot(0.3, 0.2) / median)
+    assert float(found.undrained) == pytest.approx(math.hypot(1.5, 1.0) / median)
+    assert found.values[0, 3] == pytest.approx(math.sqrt(8) / median) and found.values[0, 2].isnan()
+    assert found.values[0, 1] == pytest.approx(math.hypot(9, 9) / median)
+
+
+def test_what_passes_a_gate():
+    parts = tensors()
+    assert torch.equal(survey(parts).passed, survey(parts).output)
+    assert torch.allclose(survey(parts, gated=parts[2] / 4).passed, survey(parts).output / 4)
+
+
+def test_attention_alone_gives_the_same_numbers_of_attention():
+    parts, mask = padded(tensors())
+    alone = sinks.SinkStatistics()
+    alone.add_attention(parts[0], parts[5], mask)
+    whole = survey(parts, mask)
+    for name in ("shares", "evenness", "largest", "zeros"):
+        assert torch.equal(getattr(alone, name), getattr(whole, name))
+
+
+def test_the_level_of_a_row_is_no_correlation():
+    parts = tensors(rows=4, length=9)
+    mask = torch.arange(9) < torch.tensor([3, 9, 4, 8])[:, None]
+    parts[3] = parts[3].abs() + 1
+    before = survey(parts, mask).correlation("input")
+    parts[3] = parts[3] + torch.tensor([500.0, 1000.0, 0.0, 2000.0])[:, None, None]  # rows differ in level alone
+    torch.testing.assert_close(survey(parts, mask).correlation("input"), before, rtol=1e-3, atol=1e-3)
 
 
 # --- padding, parts, wholes
@@ -188,6 +244,20 @@ def test_an_unknown_hidden_state_is_an_error():
 
 
 # --- models
+
+
+def test_pieces_of_roberta_and_of_sentencepiece_lose_their_marks():
+    class Tokenizer:
+        pieces = ("<s>", "</s>", "Ġ.", "Ġ...", '("', "▁,", "Ġa", "Ġ", "##,", "##", "#", "a.")
+        all_special_ids, cls_token_id, sep_token_id = (0, 1), 0, 1
+
+        def __len__(self):
+            return len(self.pieces)
+
+        def convert_ids_to_tokens(self, ids):
+            return [self.pieces[id] for id in ids]
+
+    assert sinks.token_groups(Tokenizer()).tolist() == [0, 1, 2, 2, 2, 2, 3, 3, 2, 2, 2, 3]
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +347,23 @@ def test_a_table_has_a_row_for_every_head():
     assert rows[5]["evenness"] == float(found[1].evenness[1]) and rows[5]["other"] == pytest.approx(1)
 
 
+def test_correlations_have_a_row_for_every_dimension():
+    found = sinks.survey(Transformer(BERT).eval(), [torch.randint(0, 40, (4, 8))], torch.full((40,), 3))
+    rows = sinks.correlations(found, "output")
+    assert [(row["block"], row["dimension"]) for row in rows] == [(b, d) for b in range(2) for d in range(16)]
+    r = found[1].correlation("output")[:, 5]
+    assert rows[21]["r"] == pytest.approx(float(r.mean())) and rows[21]["low"] <= rows[21]["r"] <= rows[21]["high"]
+    assert rows[21]["hidden"] == "output" and rows[21]["high"] == pytest.approx(float(r.max()))
+
+
+def test_a_survey_of_attention_alone_is_the_same(bert):
+    model, tokenizer, batch = bert
+    groups, network = sinks.token_groups(tokenizer), families.with_sites(model)
+    whole, alone = (sinks.survey(network, [batch], groups, only_attention=only) for only in (False, True))
+    for a, b in zip(whole, alone, strict=True):
+        assert torch.equal(a.shares, b.shares) and torch.equal(a.evenness, b.evenness)
+
+
 def test_nothing_to_survey_is_an_error():
     model = Transformer(BERT).eval()
     with pytest.raises(UserError, match="no batches"):
@@ -290,32 +377,6 @@ def test_a_model_without_values_as_a_site_says_so():
     model = families.with_sites(transformers.GPT2Model(gpt2).eval())
     with pytest.raises(UserError, match="unknown site 'v'"):
         sinks.survey(model, [torch.randint(0, 40, (1, 8))], torch.full((40,), 3))
-
-
-# --- gates
-
-
-@pytest.mark.parametrize("gate", ["linear", "mlp", "all_heads"])
-def test_gates_are_what_the_context_is_multiplied_by(gate):
-    config = TransformerConfig(vocab=40, layers=2, width=16, heads=2, context=8, gate=gate)
-    model, ids = Transformer(config).eval(), torch.randint(0, 40, (3, 8))
-    pi = sinks.gates(model, [ids[:1], ids[1:]])
-    with probes.capture(model, ["context", "gated"]) as kept:
-        probes.run(model, ids)
-    for block, one in enumerate(pi):
-        context, gated = (kept[f"blocks.{block}.{site}"].flatten(0, 1) for site in ("context", "gated"))
-        assert one.shape == (24, 2)
-        torch.testing.assert_close(gated, (context.unflatten(-1, (2, 8)) * one[..., None]).flatten(1))
-    assert not model.blocks[0].attention.gate._forward_hooks
-
-
-def test_gates_leave_padding_out_and_need_gates():
-    config = TransformerConfig(vocab=40, layers=1, width=16, heads=2, context=8, gate="linear")
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    batch = {"input_ids": torch.randint(0, 40, (2, 4)), "attention_mask": mask}
-    assert sinks.gates(Transformer(config).eval(), [batch])[0].shape == (5, 2)
-    with pytest.raises(UserError, match="no gates"):
-        sinks.gates(Transformer(BERT), [])
 
 
 # --- outliers

@@ -1,0 +1,283 @@
+"""Single heads: their maps as the papers draw them, what gates let through, and heads that do not read a dimension.
+
+head_map(model, batch, block, head)   probabilities, values, their product, gate: `HeadMap`
+show(axes, found, names)              one row of pictures
+gates(model, batches)                 per block: what the gates of gated attention let through
+unread(model, dimensions, by)         queries, keys or values that are blind to some dimensions
+"""
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from ofutils import UserError, data, dims, params, probes, sinks, train
+from ofutils.probes import Batch, Place
+from ofutils.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """What one head does in one row of T tokens; all on the CPU."""
+
+    probs: Tensor  # (T, T), rows are queries
+    values: Tensor  # (T, K)
+    product: Tensor  # (T, K), the sum of the values weighted by probs
+    gate: Tensor | None = None  # (T,), what the gate lets through
+    gated: Tensor | None = None  # (T, K), the product behind it
+
+
+@torch.no_grad()
+def head_map(model: nn.Module, batch: Batch, block: int, head: int) -> HeadMap:
+    """The map of one head on the first row of a batch without padding.
+
+    Args:
+        model: with sites `probs`, `v`, `context`.
+
+    Raises:
+        UserError: a block or a head that the model does not have.
+    """
+    names = {site: f"blocks.{block}.{site}" for site in ("probs", "v", "context")}
+    params.require(names["probs"] in model.sites(), f"no block {block} in this model, or no attention to look at")
+    with probes.capture(model, list(names.values())) as kept:
+        probes.run(model, batch)
+    probs = kept[names["probs"]][0].cpu()  # (H, T, T)
+    params.require(0 <= head < len(probs), f"no head {head}: this model has heads 0 to {len(probs) - 1}")
+    values, product = (
+        kept[names[site]][0].cpu().unflatten(-1, (len(probs), -1))[:, head] for site in ("v", "context")
+    )
+    if getattr(getattr(model, "config", None), "gate", "none") == "none":
+        return HeadMap(probs[head], values, product)
+    row = batch[:1] if torch.is_tensor(batch) else {name: x[:1] for name, x in batch.items()}
+    gate = gates(model, [row])[block][:, head]  # (T,)
+    return HeadMap(probs[head], values, product, gate, product * gate[:, None])
+
+
+def gallery(picks: list[tuple[str, HeadMap, list[str]]], title: str) -> tuple[Figure, pd.DataFrame]:
+    """One row for each head: probabilities, values, product; with a gate, also the gate and what passes it.
+
+    Values and products of a row share one colour scale, from blue over white to red; rows do not.
+
+    Args:
+        picks: title of the row, map, names of its T tokens.
+        title: of the figure.
+
+    Returns:
+        The figure, and a row for each head and token: attention received, |v|, |product|, gate (nan without).
+    """
+    gated = any(found.gate is not None for _, found, _ in picks)
+    widths, height = ([1.3, 1.1, 1.3, 0.12, 1.3] if gated else [1.3, 1.5, 1.7]), 1 + 0.1 * len(picks[0][2])
+    size = (15, height * len(picks) + 0.5)
+    fig, axs = plt.subplots(len(picks), len(widths), figsize=size, width_ratios=widths, squeeze=False)
+    rows = []
+    for axes, (name, found, names) in zip(axs, picks, strict=True):
+        _draw(axes, found, names, name)
+        sizes = [found.probs.mean(0), found.values.norm(dim=-1), found.product.norm(dim=-1)]
+        sizes.append(torch.full((len(names),), torch.nan) if found.gate is None else found.gate)
+        rows += [(name, token, *map(float, of)) for token, *of in zip(names, *sizes, strict=True)]
+    fig.suptitle(title, x=0, ha="left")
+    return fig, pd.DataFrame(rows, columns=["head", "token", "received", "value", "product", "gate"])
+
+
+def _draw(axes, found: HeadMap, names: list[str], title: str) -> None:
+    reach = max(float(found.values.abs().max()), 1e-12)
+    signed = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach}
+    level = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
+    images = [(found.probs, level), (found.values, signed), (found.product, signed)]
+    images += [] if found.gate is None else [(found.gate[:, None], level), (found.gated, signed)]
+    titles = [title, "values", "probabilities x values", "gate", "behind the gate"]
+    for ax in axes[len(images) :]:
+        ax.set_axis_off()
+    for ax, (image, colours), name in zip(axes, images, titles, strict=False):
+        drawn = ax.imshow(image.numpy(), aspect="auto", interpolation="nearest", **colours)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(name)
+        ax.set_xlabel("dimension of the head" if image.shape[1] > 1 and ax is not axes[0] else "")
+        if ax is axes[0] or ax is axes[2]:
+            plt.colorbar(drawn, ax=ax, shrink=0.85)
+    places = range(len(names))
+    axes[0].set_yticks(places, names, fontsize=7)
+    axes[0].set_xticks(places, names, fontsize=7, rotation=90)
+
+
+@torch.no_grad()
+def gates(model: Transformer, batches: Iterable[Batch]) -> list[Tensor]:
+    """pi of every block: the gate's value for each token and head, (N, H) in (0, 1) on the CPU, padding left out.
+
+    Raises:
+        UserError: a model without gates.
+    """
+    modules = [block.attention.gate for block in model.blocks]
+    params.require(all(modules), "this model has no gates")
+    found: list[list[Tensor]] = [[] for _ in modules]
+    now: list[Tensor] = [torch.empty(0) for _ in modules]
+
+    def keep(index):
+        def function(_, __, pi):
+            now[index] = pi
+
+        return function
+
+    handles = [gate.register_forward_hook(keep(index)) for index, gate in enumerate(modules)]
+    try:
+        for batch in batches:
+            probes.run(model, batch)
+            _, mask = sinks.ids_and_mask(batch, now[0].device)
+            for parts, pi in zip(found, now, strict=True):
+                parts.append((pi.flatten(0, 1) if mask is None else pi[mask]).cpu())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [torch.cat(parts) for parts in found]
+
+
+@contextmanager
+def unread(model: nn.Module, dimensions: Iterable[int], by: str = "k"):
+    """The maps to queries (`q`), keys (`k`) or values (`v`) do not read these dimensions, in every block.
+
+    The columns of their matrices are zero for as long as the context is open. The hidden states themselves, and
+    so all LayerNorms, stay as they are: what `dims.ablated` does to attention by rescaling is left out.
+
+    Args:
+        model: a `Transformer`, or `families.with_sites` of a BERT or RoBERTa.
+
+    Raises:
+        UserError: anything else than q, k or v; a dimension out of range.
+    """
+    params.require(by in ("q", "k", "v"), f"by must be q, k or v, got {by!r}")
+    sites = model.sites()
+    places = [sites[name] for name in probes.resolve(model, by)]
+    weights = [(place.module if isinstance(place, Place) else place).weight for place in places]
+    width, chosen = weights[0].shape[1], [int(dim) for dim in dimensions]
+    if bad := [dim for dim in chosen if not 0 <= dim < width]:
+        raise UserError(f"dimension {bad[0]} is out of range: heads read dimensions 0 to {width - 1}")
+    kept = [weight.data.clone() for weight in weights]
+    try:
+        for weight in weights:
+            weight.data[:, chosen] = 0
+        yield
+    finally:
+        for weight, value in zip(weights, kept, strict=True):
+            weight.data.copy_(value)
+
+
+@torch.no_grad()
+def special_without(model: nn.Module, dimensions: list[int], batches: Iterable[Batch], groups: Tensor) -> float:
+    """Share of attention at special tokens, mean over heads and blocks, without these dimensions.
+
+    They are zeroed in every `norm2`; the first block stands before the first of these and is left out.
+
+    Args:
+        model, batches, groups: as for `sinks.survey`.
+        dimensions: none of them for the model as it is.
+    """
+    with dims.ablated(model, dimensions):
+        after = sinks.survey(model, batches, groups, only_attention=True)
+    return float(torch.stack([one.shares[:, :2].sum(1) for one in after[1:]]).mean())
+
+
+def standing(
+    surveys: list[list[sinks.SinkStatistics]], rules: dict[str, list[int]], others: list[int]
+) -> pd.DataFrame:
+    """For every draw, block, rule and hidden state: the largest r (mean over heads) among a rule's dimensions.
+
+    Args:
+        surveys: one per draw.
+        rules: rule -> dimensions; those without any have no row.
+        others: what random sets are drawn from.
+
+    Returns:
+        Columns draw, block, rule, hidden, r; `random sets`, the 95th percentile of what 200 random sets of as many
+        others reach; `excess`, r less that, or less 0 where that is negative.
+    """
+    rows = []
+    for draw, survey in enumerate(surveys):
+        for block, one in enumerate(survey):
+            for hidden in sinks.CORRELATIONS:
+                r = one.correlation(hidden).mean(0)
+                for rule, own in rules.items():
+                    rows += [(draw, block, rule, hidden, *_beyond(r, own, others))] if own else []
+    found = pd.DataFrame(rows, columns=["draw", "block", "rule", "hidden", "r", "random sets"])
+    return found.assign(excess=found["r"] - found["random sets"].clip(lower=0))
+
+
+def _beyond(r: Tensor, dimensions: list[int], others: list[int], sets: int = 200) -> tuple[float, float]:
+    """nan, of a dimension that is constant, is no candidate; the random sets are the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    rest = r[others].nan_to_num(-1)
+    drawn = torch.stack([torch.randperm(len(rest), generator=generator)[: len(dimensions)] for _ in range(sets)])
+    return float(r[dimensions].nan_to_num(-1).max()), float(rest[drawn].amax(1).quantile(0.95))
+
+
+def language_heads(model: Transformer, batches: list[Tensor]) -> list[dict]:
+    """`sinks.table` of a model without special tokens, without what concerns them; and `pi`, the mean of each gate.
+
+    Returns:
+        One row per head; `pi` is nan where there is no gate.
+    """
+    alike = torch.full((model.config.vocab,), sinks.GROUPS.index("other"))
+    rows = sinks.table(sinks.survey(model, batches, alike))
+    pi = None if model.config.gate == "none" else [one.mean(0).tolist() for one in gates(model, batches)]
+    kept = ("block", "head", *sinks.NUMBERS)
+    return [
+        {name: row[name] for name in kept if name != "undrained"}
+        | {"pi": pi[row["block"]][row["head"]] if pi else float("nan")}
+        for row in rows
+    ]
+
+
+def runs_here(recipe) -> tuple[list, int]:
+    """Of the runs of a `sweep.Recipe`, its grid included, those that are finished and have weights on this machine.
+
+    Returns:
+        Pairs of a job and its run; and how many runs the recipe has.
+    """
+    jobs = {job.config: job for job in (*recipe.jobs, *recipe.grid) if not job.published}.values()
+    found = [(job, train.find(job.config)) for job in jobs]
+    return [(job, run) for job, run in found if run and run.has_weights and not run.diverged], len(jobs)
+
+
+def pick(title: str, one, model: Transformer, tokens: data.Tokens, batch: Tensor, longest: int = 24):
+    """A row of `gallery` for a head of a language model: `title` and its numbers, map, and the tokens spelled out.
+
+    Args:
+        one: a row of `language_heads`.
+        tokens: whose tokenizer spells; an id that it does not have is called [row].
+        batch: (B, T); the first `longest` tokens of its first row are shown.
+    """
+    row, block, head = batch[:1, :longest], int(one["block"]), int(one["head"])
+    names = [tokens.tokenizer.id_to_token(int(id)) or "[row]" for id in row[0]]
+    numbers = f"output {one['passed']:.2f}\nlargest column {one['largest']:.2f}, |v| there {one['value_ratio']:.2f}"
+    spelled = [name.replace("Ġ", "␣").replace("Ċ", "↵") for name in names]
+    return f"{title}\nblock {block}, head {head}: {numbers}", head_map(model, row, block, head), spelled
+
+
+def outlier_panels(blocks: list[sinks.OutlierCounts], lengths: list[int], groups: Tensor, tokenizer):
+    """What `sinkplots.outliers` draws of one block.
+
+    Args:
+        blocks: of that block, one for each draw.
+        lengths: tokens of every row of all draws.
+        groups: (V,), from `sinks.token_groups`.
+
+    Returns:
+        Panels by name: outliers per occurrence of the ten tokens that have most outliers, per token at each
+        position (where a fiftieth of the rows reach), and in all of the six dimensions that have most; and the
+        group of each of these tokens.
+    """
+    by_token, seen = (sum(getattr(one, name) for one in blocks) for name in ("by_token", "tokens"))
+    order = [token for token in by_token.topk(min(10, len(by_token))).indices.tolist() if by_token[token]]
+    by_position = pd.concat([pd.Series(one.by_position.numpy()) for one in blocks]).groupby(level=0).sum()
+    there = pd.Series({place: sum(length > place for length in lengths) for place in by_position.index})
+    by_position = (by_position / there)[there > len(lengths) / 50]  # of fewer rows it says nothing
+    rate = pd.Series((by_token / seen.clamp(min=1))[order].numpy(), tokenizer.convert_ids_to_tokens(order))
+    counts = pd.Series(sum(one.by_dimension for one in blocks).numpy()).nlargest(6)
+    rate = rate.sort_values(ascending=False)
+    panels = {"by token": (rate, "outliers per occurrence")}
+    panels |= {"by position": (by_position, "outliers per token"), "by dimension": (counts[counts > 0], "outliers")}
+    return panels, [sinks.GROUPS[groups[token]] for token in tokenizer.convert_tokens_to_ids(list(rate.index))]
