@@ -100,7 +100,7 @@ def tokenizer(name: str, revision: str = "main"):
     folder = _find(name, revision, _TOKENIZER_FILES)
     _require_one_of(("tokenizer.json", "vocab.json", "vocab.txt"), folder, name, revision, "tokenizer")
     try:
-        with _quiet():
+        with quiet():
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         wrong = "is not readable, or it needs code of its own, which is never run"
@@ -261,7 +261,7 @@ def _read_model(build, folder: Path, name: str, revision: str, head: str | None,
     what = _what(name, revision)
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        with _quiet():
+        with quiet():
             found, report = build.from_pretrained(
                 folder,
                 dtype=torch.float32,
@@ -289,8 +289,8 @@ def _read_model(build, folder: Path, name: str, revision: str, head: str | None,
 
 
 @contextmanager
-def _quiet():
-    """No progress bar and no report of unused weights while local files are read."""
+def quiet():
+    """Inside, transformers shows no progress bar and reports nothing but errors; afterwards it is as before."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

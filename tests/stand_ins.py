@@ -19,7 +19,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from ofutils import hub
+from ofutils import hub, tasks
 
 LAYERS = 2
 ROWS = {"embedding": 512, "matrix": 8}  # rows of a matrix that are random, not zero
@@ -71,13 +71,34 @@ TOKENIZERS = {
         {"cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"},
     ),
 }
-DATASETS = {  # revision, files, rows of each
-    "Salesforce/wikitext": (
-        "refs/convert/parquet",
-        tuple(f"wikitext-2-raw-v1/{split}/0000.parquet" for split in ("test", "validation")),
-        4,
-    )
-}
+WORDS = ["the", "a", "river", "stone", "light", "year", "of", "and", "in", "was", "made", "small", "it", "found"]
+
+
+def _wikitext() -> dict[str, pyarrow.Table]:
+    texts = [f"{text} {number} .\n" for number, text in enumerate(_texts(4))]
+    texts = ["" if number % 5 == 0 else text for number, text in enumerate(texts)]  # the real one has empty rows
+    return dict.fromkeys(("wikitext-2-raw-v1/test", "wikitext-2-raw-v1/validation"), pyarrow.table({"text": texts}))
+
+
+def _glue() -> dict[str, pyarrow.Table]:
+    """All classes of each task, in turn; STS-B has numbers from 0 to 5. Test splits are left out."""
+    found = {}
+    for name, task in tasks.TASKS.items():
+        for seed, split in enumerate(("train", *task.splits) if name != "docstrings" else ()):
+            columns = {key: _texts(24, 2 * seed + place, 6) for place, key in enumerate(task.keys)}
+            labels = (
+                [row % 11 / 2 for row in range(24)] if task.labels == 1 else [row % task.labels for row in range(24)]
+            )
+            found[f"{name}/{split}"] = pyarrow.table(columns | {"label": labels, "idx": list(range(24))})
+    return found
+
+
+def _texts(rows: int, seed: int = 0, words: int = 40) -> list[str]:
+    pick = torch.randint(len(WORDS), (rows, words), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [" ".join(WORDS[index] for index in row) for row in pick]
+
+
+DATASETS = {"Salesforce/wikitext": _wikitext, tasks.GLUE: _glue}  # what gives the tables by config and split
 KNOWN = (*MODELS, *DATASETS)
 
 
@@ -89,7 +110,7 @@ def build(home: Path, names=KNOWN) -> Path:
         if folder.exists():
             continue
         if name in DATASETS:
-            _build_dataset(folder, *DATASETS[name])
+            _build_dataset(folder, DATASETS[name]())
         else:
             _build_model(folder, MODELS[name])
     return home
@@ -165,14 +186,14 @@ def _tokenizer(kind: str):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **named)
 
 
-def _build_dataset(folder: Path, revision: str, files: tuple[str, ...], rows: int) -> None:
-    words = ["the", "a", "river", "stone", "light", "year", "of", "and", "in", "was", "made", "small", "it", "found"]
-    pick = torch.randint(len(words), (rows, 40), generator=torch.Generator().manual_seed(0)).tolist()
-    texts = [" ".join(words[index] for index in row) + f" {number} .\n" for number, row in enumerate(pick)]
-    texts = ["" if number % 5 == 0 else text for number, text in enumerate(texts)]  # the real one has empty rows
+def _build_dataset(folder: Path, tables: dict[str, pyarrow.Table]) -> None:
+    """In the form of the Hub's own conversion to parquet."""
     folder.mkdir(parents=True)
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "rows")
-    _snapshot(folder, revision, dict.fromkeys(files, _blob(folder, folder / "rows")))
+    files = {}
+    for place, table in tables.items():
+        pyarrow.parquet.write_table(table, folder / "rows")
+        files[f"{place}/0000.parquet"] = _blob(folder, folder / "rows")
+    _snapshot(folder, "refs/convert/parquet", files)
 
 
 def _blob(folder: Path, path: Path, identity: str = "") -> Path:

@@ -198,6 +198,16 @@ def test_a_tokenizer_that_is_not_there_or_broken_is_never_an_empty_one(copied):
     assert "is not readable" in one_line(hub.tokenizer, "openai-community/gpt2")
 
 
+def test_quiet_is_over_when_it_ends_also_by_an_exception():
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with pytest.raises(RuntimeError), hub.quiet():
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
+        raise RuntimeError
+    assert before == (logging.get_verbosity(), logging.is_progress_bar_enabled()) != (logging.ERROR, False)
+
+
 # --- a Hub that answers
 
 

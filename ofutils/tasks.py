@@ -1,0 +1,223 @@
+"""Tasks of sentences and sentence pairs: what is read, what is asked, and how answers are scored.
+
+    TASKS                        GLUE and `docstrings` by name: columns, classes, metric, splits
+    read_task(task)              the same for a name or a folder
+    examples(task, split, rows)  texts and labels
+    METRICS                      accuracy, Matthews' and Pearson's correlation
+
+GLUE comes from the Hub as parquet. Its test splits have no labels and are not used. `docstrings` is made of the
+standard library and on every machine; a folder is for data of one's own.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from ofutils import UserError, data, hub, params
+
+#: Where GLUE lies on the Hub.
+GLUE = "nyu-mll/glue"
+_SENTENCES = ("sentence1", "sentence2")
+_ENDINGS = (".parquet", ".tsv", ".csv")
+_HELD_OUT, _MOST = 250, 1200  # functions in `docstrings`: for validation, and for training at most
+_APART = 8  # `data.pairs` takes no more from one file, so that the eighth before is from another
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task is read and scored."""
+
+    keys: tuple[str, ...]  # the columns of its one or two texts
+    labels: int  # classes; 1 means regression
+    metric: str = "accuracy"  # a name of METRICS
+    splits: tuple[str, ...] = ("validation",)  # what it is scored on; the first decides the best epoch
+
+
+#: GLUE without WNLI, with the metrics of puccetti2022's code, and `docstrings`: does this code do what that sentence
+#: says? Each sentence stands in a true pair (1) and in a false one (0), with the code of a function of another file.
+TASKS = {
+    "cola": Task(("sentence",), 2, "mcc"),
+    "mnli": Task(("premise", "hypothesis"), 3, splits=("validation_matched", "validation_mismatched")),
+    "mrpc": Task(_SENTENCES, 2),
+    "qnli": Task(("question", "sentence"), 2),
+    "qqp": Task(("question1", "question2"), 2),
+    "rte": Task(_SENTENCES, 2),
+    "sst2": Task(("sentence",), 2),
+    "stsb": Task(_SENTENCES, 1, "pearson"),
+    "docstrings": Task(("docstring", "code"), 2),
+}
+
+
+# ---------------------------------------------------------------------------------------------------
+# metrics
+
+
+def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Share of equal entries."""
+    return float(np.mean(np.asarray(predicted) == np.asarray(true)))
+
+
+def pearson(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Pearson's correlation, -1 to 1; 0 where it is not defined: one side is constant or not finite."""
+    sides = [np.asarray(side, np.float64) for side in (predicted, true)]
+    defined = all(np.isfinite(side).all() and np.ptp(side) > 0 for side in sides)
+    return float(np.corrcoef(*sides)[0, 1]) if defined else 0.0
+
+
+def matthews(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Matthews' correlation of two vectors of 0 and 1, -1 to 1; 0 where one side is constant.
+
+    (TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN)), which is Pearson's correlation of the two.
+    """
+    return pearson(predicted, true)
+
+
+#: What a task is scored by; higher is better.
+METRICS = {"accuracy": accuracy, "mcc": matthews, "pearson": pearson}
+
+
+# ---------------------------------------------------------------------------------------------------
+# data
+
+
+def read_task(task: str) -> Task:
+    """What a task is: an entry of `TASKS`, or read from the training data of a folder.
+
+    Raises:
+        UserError: neither a known name nor a folder, or a folder without usable training data.
+    """
+    if task in TASKS:
+        return TASKS[task]
+    if not task or not Path(task).expanduser().is_dir():
+        known = f"known: {', '.join(TASKS)}, or the path of a folder"
+        raise UserError(f"unknown task {task!r}{params.suggest(task, TASKS)}; {known}")
+    keys, classes = _columns(task), _classes(task)
+    return Task(keys, len(classes)) if classes else Task(keys, 1, "pearson")
+
+
+def examples(task: str, split: str, rows: int = 0) -> tuple[list[tuple[str, ...]], list[float | int]]:
+    """Texts and labels of a split.
+
+    Rows without a label (-1 or empty) are left out. `docstrings` has 500 rows for validation and up to 2,400 for
+    training, from other files of the standard library; no sentence and no code is in both.
+
+    Args:
+        task: a name of `TASKS`, or a folder that holds `train` and `validation` as .parquet, .tsv (unquoted, like
+            GLUE's own files) or .csv, with the columns of one of GLUE's tasks and `label`. Its labels are sorted
+            and numbered; decimals mean regression.
+        split: `train`, or one of the task's `splits`.
+        rows: at most so many, always the same ones: chosen at random, of `docstrings` the first; 0 takes all.
+
+    Returns:
+        A tuple of one or two texts for each row, and its label: a class from 0, or a number in regression.
+
+    Raises:
+        UserError: an unknown task or split, a missing file or column, fewer than two rows; what `hub.text` refuses.
+    """
+    described = read_task(task)
+    known = ("train", *described.splits)
+    if split not in known:
+        near = params.suggest(split, known)
+        raise UserError(f"task {task} has no split {split!r}{near}; known: {', '.join(known)}")
+    params.require(rows >= 0, f"rows must be at least 0, got {rows}")
+    if task == "docstrings":
+        texts, labels = _docstrings(split, rows)
+    else:
+        table, columns = _table(task, split), _columns(task, split)
+        labels = table["label"].to_pylist()
+        chosen = [index for index, label in enumerate(labels) if label not in (-1, None, "")]
+        if 0 < rows < len(chosen):
+            chosen = [chosen[i] for i in sorted(np.random.default_rng(0).permutation(len(chosen))[:rows])]
+        texts = list(zip(*(table[column].take(chosen).to_pylist() for column in columns), strict=True))
+        labels = _numbered(task, split, [labels[i] for i in chosen])
+    few = f"split {split} has {len(texts)} labelled rows, two or more are needed"
+    params.require(len(texts) >= 2, f"task {task}: {few}")
+    return [tuple(str(text) for text in row) for row in texts], labels
+
+
+def _numbered(task: str, split: str, labels: list) -> list:
+    """Labels as numbers: as they are (GLUE, regression), or the places of a folder's classes."""
+    classes = () if task in TASKS else _classes(task)
+    if unknown := sorted({str(label) for label in labels if classes and label not in classes}):
+        raise UserError(f"task {task}: split {split} has the label {unknown[0]!r}, which the training data lack")
+    return [classes.index(label) for label in labels] if classes else labels
+
+
+def _classes(task: str) -> tuple:
+    """The sorted labels of a folder's training data; none for regression."""
+    _columns(task)
+    labels = set(_table(task, "train")["label"].to_pylist()) - {-1, None, ""}
+    return () if any(isinstance(label, float) for label in labels) else tuple(sorted(labels))
+
+
+def _columns(task: str, split: str = "train") -> tuple[str, ...]:
+    """The text columns of a split: the task's, or those of the task of GLUE that the folder's columns are like."""
+    there = _table(task, split).column_names
+    known = [TASKS[task].keys] if task in TASKS else sorted({one.keys for one in TASKS.values()}, key=len)[::-1]
+    found = [keys for keys in known if {*keys, "label"} <= set(there)]
+    if not found:
+        choices = " or ".join(" and ".join(keys) for keys in known)
+        has = f"it has {', '.join(there)}"
+        raise UserError(f"task {task}: split {split} needs the columns label and {choices}; {has}")
+    return found[0]
+
+
+def _table(task: str, split: str):
+    """A split as a table of pyarrow."""
+    if task in TASKS:
+        path = hub.text(GLUE, task, split)
+    else:
+        paths = [Path(task).expanduser() / f"{split}{ending}" for ending in _ENDINGS]
+        path = next((path for path in paths if path.is_file()), None)
+        names = " or ".join(path.name for path in paths)
+        params.require(path is not None, f"task {task}: the folder has no {names}")
+    return _read_table(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _read_table(path: Path, _changed: int):
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    try:
+        if path.suffix == ".parquet":
+            return parquet.read_table(path)
+        form = {"delimiter": "\t", "quote_char": False} if path.suffix == ".tsv" else {"newlines_in_values": True}
+        texts = {key: pyarrow.string() for one in TASKS.values() for key in one.keys}
+        types = csv.ConvertOptions(column_types=texts)
+        return csv.read_csv(path, parse_options=csv.ParseOptions(**form), convert_options=types)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} is not readable as {path.suffix}: {str(error).splitlines()[0]}") from error
+
+
+def _docstrings(split: str, rows: int) -> tuple[list, list]:
+    """True and false pairs in turn."""
+    count = min(_MOST, max(2 * _APART, -(-rows // 2)) if rows else _MOST)
+    found = _functions(split, count if split == "train" else _HELD_OUT)
+    texts, labels = [], []
+    for place, (sentence, code) in enumerate(found):
+        texts += [(sentence, code), (sentence, found[place - _APART][1])]
+        labels += [1, 0]
+    return texts[: rows or None], labels[: rows or None]
+
+
+@lru_cache(maxsize=8)
+def _functions(split: str, count: int) -> list[tuple[str, str]]:
+    """(sentence, code) of functions; one file in five is for validation, and no text is twice or in both splits."""
+    corpus = data.load_corpus()
+    seen = set() if split != "train" else {text for pair in _functions("validation", _HELD_OUT) for text in pair}
+    mine = [one for one in corpus.documents if _is_held_out(one[0]) == (split != "train")]
+    found = []
+    spare = count // 10 + _APART  # for those that are left out
+    for pair in data.pairs(data.Corpus(corpus.source, tuple(mine)), count + spare):
+        if not seen & set(pair):
+            seen |= set(pair)
+            found.append(pair)
+    return found[:count]
+
+
+def _is_held_out(name: str) -> bool:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0

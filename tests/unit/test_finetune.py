@@ -1,0 +1,339 @@
+"""Tasks and fine-tuning: metrics in closed form, data, a planted task that is learnt, what a finished run gives."""
+
+import math
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from huggingface_hub import constants
+from pyarrow import parquet
+
+from ofutils import UserError, dims, finetune, hub, probes, tasks, train
+from ofutils.finetune import FinetuneConfig
+from tests import stand_ins
+
+GLUE_TASKS = [name for name in tasks.TASKS if name != "docstrings"]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A folder whose label says which of two words a text has; rows sorted by label, one of them without any."""
+    folder, draw = tmp_path_factory.mktemp("planted"), np.random.default_rng(0)
+    for split, count in (("train", 160), ("validation", 80)):
+        lines = ["sentence\tlabel", 'a "quoted\t']
+        for row in range(count):
+            word, label = ("xx", "no") if row < count // 2 else ("yy", "yes")
+            words = [word, *draw.choice(list("abcdefg"), draw.integers(1, 7))]
+            lines.append(f"{' '.join(draw.permutation(words))}\t{label}")
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def config_of(folder, **more):
+    given = {"model": hub.STAND_IN, "task": str(folder), "lr": 5e-3, "batch": 8, "epochs": 2, "longest": 24}
+    return FinetuneConfig(**given | more)
+
+
+@pytest.fixture(scope="module")
+def finished(planted, tmp_path_factory):
+    """A finished run, and where it lies."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("OFUTILS_OUT", str(tmp_path_factory.mktemp("out")))
+    yield finetune.finetune(config_of(planted))
+    patch.undo()
+
+
+@pytest.fixture
+def glue(tmp_path_factory, monkeypatch):
+    """GLUE's stand-ins in the cache, and no Hub."""
+    home = tmp_path_factory.getbasetemp() / "glue"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(stand_ins.build(home, [tasks.GLUE]) / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub._why_offline.cache_clear()
+    yield
+    hub._why_offline.cache_clear()
+
+
+def one_line(function, *arguments, **options):
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def weights(run):
+    model, _ = run.load()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(one, two):
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- metrics
+
+
+def test_matthews_is_the_formula_of_the_four_counts():
+    tp, tn, fp, fn = 6, 3, 2, 1
+    predicted, true = np.repeat([1, 0, 1, 0], [tp, tn, fp, fn]), np.repeat([1, 0, 0, 1], [tp, tn, fp, fn])
+    expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert tasks.matthews(predicted, true) == pytest.approx(expected)
+    assert tasks.matthews(true, true) == pytest.approx(1) and tasks.matthews(1 - true, true) == pytest.approx(-1)
+    assert tasks.matthews(np.ones(12), true) == 0 == tasks.matthews(np.full(12, -1), true)
+    assert tasks.accuracy(predicted, true) == 9 / 12
+
+
+def test_pearson_ignores_scale_and_is_zero_where_it_is_not_defined():
+    assert tasks.pearson(np.array([0, 1, 2]), np.array([0, 0, 3])) == pytest.approx(3 / math.sqrt(12))
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(size=50), draw.normal(size=50)
+    assert tasks.pearson(3 * a - 7, b) == pytest.approx(tasks.pearson(a, b)) == pytest.approx(-tasks.pearson(-a, b))
+    assert tasks.pearson(np.full(50, 0.1), b) == 0
+    assert tasks.pearson(np.where(a > 0, a, np.nan), b) == 0 == tasks.pearson(np.where(a > 0, a, np.inf), b)
+
+
+# --- data
+
+
+@pytest.mark.parametrize("name", GLUE_TASKS)
+def test_glue_is_read_from_the_cache(name, glue):
+    task = tasks.TASKS[name]
+    for split in ("train", *task.splits):
+        texts, labels = finetune.examples(name, split)
+        assert len(texts) == len(labels) == 24 and {len(row) for row in texts} == {len(task.keys)}
+        assert all(isinstance(text, str) and text for row in texts for text in row)
+        some, few = finetune.examples(name, split, 6)
+        there = list(zip(texts, labels, strict=True))
+        assert len(some) == 6 and all(one in there for one in zip(some, few, strict=True))
+        if task.labels > 1:
+            assert set(labels) == set(range(task.labels))
+        else:
+            assert max(labels) == 5 and len(set(labels)) > 5
+    assert "no split 'test'" in one_line(finetune.examples, name, "test")
+
+
+def test_a_real_task_of_glue_that_is_not_in_the_cache_is_one_line(tmp_path, glue, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert "file rte/train/0000.parquet is not in the cache" in one_line(finetune.examples, "rte", "train")
+
+
+def test_docstrings_are_balanced_and_share_no_text_between_splits():
+    train_texts, labels = finetune.examples("docstrings", "train", 400)
+    assert sum(labels) == 200 and labels[:4] == [1, 0, 1, 0]
+    true = [text for text, label in zip(train_texts, labels, strict=True) if label]
+    false = [text for text, label in zip(train_texts, labels, strict=True) if not label]
+    assert not set(true) & set(false) and [s for s, _ in true] == [s for s, _ in false]
+    assert len({code for _, code in true}) == len({sentence for sentence, _ in true}) == 200
+    held, held_labels = finetune.examples("docstrings", "validation")
+    assert len(held) == 500 and sum(held_labels) == 250
+    assert not {text for row in train_texts for text in row} & {text for row in held for text in row}
+    assert finetune.examples("docstrings", "train", 2)[1] == [1, 0]
+    assert finetune.examples("docstrings", "validation", 30) == (held[:30], held_labels[:30])
+
+
+def test_a_folder_is_a_task(planted, tmp_path):
+    task = finetune.read_task(str(planted))
+    assert task == tasks.Task(("sentence",), 2, "accuracy", ("validation",))
+    texts, labels = finetune.examples(str(planted), "train")
+    assert len(texts) == 160 and labels == [0] * 80 + [1] * 80
+    assert all(("yy" in text) == bool(label) for (text,), label in zip(texts, labels, strict=True))
+    assert 5 < sum(finetune.examples(str(planted), "train", 20)[1]) < 15  # not the first 20
+    pairs = {"question": ["why", "who"], "sentence": ["no", "42"], "label": [0.5, 3.0]}
+    for split in ("train", "validation"):
+        parquet.write_table(pyarrow.table(pairs), tmp_path / f"{split}.parquet")
+    assert finetune.read_task(str(tmp_path)) == tasks.Task(("question", "sentence"), 1, "pearson")
+    assert finetune.examples(str(tmp_path), "validation") == ([("why", "no"), ("who", "42")], [0.5, 3.0])
+
+
+def test_numbers_and_commas_in_a_csv_stay_text(tmp_path):
+    rows = 'sentence1,sentence2,label\n2020-01-01,"a, b",7\n17,"say ""no""",3\n'
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text(rows)
+    assert finetune.examples(str(tmp_path), "train") == ([("2020-01-01", "a, b"), ("17", 'say "no"')], [1, 0])
+    (tmp_path / "validation.csv").write_text(rows + "a,b,5\n")
+    assert "has the label '5', which the training data lack" in one_line(
+        finetune.examples, str(tmp_path), "validation"
+    )
+
+
+def test_what_cannot_be_a_task_is_one_line(tmp_path, planted, out):
+    assert "did you mean 'mnli'?" in one_line(finetune.examples, "mnil", "train")
+    assert "unknown task ''" in one_line(finetune.finetune, FinetuneConfig(hub.STAND_IN, ""))
+    assert "the folder has no train.parquet or train.tsv or train.csv" in one_line(finetune.read_task, str(tmp_path))
+    (tmp_path / "train.csv").write_text("text,label\na,1\nb,0\n")
+    assert "it has text, label" in one_line(finetune.read_task, str(tmp_path))
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 and no more")
+    assert "is not readable as .parquet" in one_line(finetune.read_task, str(tmp_path))
+    assert "did you mean 'validation'?" in one_line(finetune.examples, str(planted), "valid")
+    assert "has 1 labelled rows" in one_line(finetune.examples, str(planted), "train", 1)
+    for bad in ({"rows": -1}, {"lr": 0.0}, {"batch": 0}, {"epochs": 0}, {"longest": 0}):
+        assert next(iter(bad)) in one_line(FinetuneConfig, **bad)
+    assert not list(out.rglob("runs/*"))
+
+
+def test_training_data_of_one_class_are_refused(tmp_path, out):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text("sentence,label\na,1\nb,1\nc,1\n")
+    assert "all 3 training rows have the label 0" in one_line(finetune.finetune, config_of(tmp_path))
+    assert not (out / "runs").exists()
+
+
+# --- fine-tuning
+
+
+def test_a_planted_task_is_learnt_and_the_best_epoch_kept(finished):
+    run, folder = finished, train.store().local / finished.config.name
+    first = [one["validation"] for one in run.scores]
+    assert len(first) == 2 and first[run.best] == max(first) > 0.9
+    model, tokenizer = run.load()
+    again = finetune.score(model, tokenizer, run.config.task, "validation", longest=run.config.longest)
+    assert again == first[run.best]
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors"}  # no pickle
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_the_weights_are_those_of_the_best_epoch_the_first_of_equals(planted, out, monkeypatch):
+    states, given = [], iter([0.5, 0.7, 0.7, 0.1])
+
+    def score(model, *_):
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return next(given)
+
+    monkeypatch.setattr(finetune, "score", score)
+    run = finetune.finetune(config_of(planted, rows=16, epochs=4))
+    kept = weights(run)
+    assert run.best == 1 and [one["validation"] for one in run.scores] == [0.5, 0.7, 0.7, 0.1]
+    assert [equal(kept, state) for state in states] == [False, True, False, False]
+
+
+def test_the_seed_decides_the_weights_and_nothing_is_printed_but_one_line(planted, tmp_path, monkeypatch, capfd):
+    runs, before = [], torch.get_rng_state()
+    for place, seed in (("one", 1), ("two", 1), ("three", 2)):
+        monkeypatch.setenv("OFUTILS_OUT", str(tmp_path / place))
+        run = finetune.finetune(config_of(planted, seed=seed, rows=32, epochs=2))
+        runs.append((weights(run), run.scores, run.config.name))
+        printed = capfd.readouterr()
+        assert printed.err == "" and printed.out.count("\n") == 1 and "32 rows, 2 epochs" in printed.out
+        torch.rand(3) if place == "two" else None  # what happens outside has no influence
+    assert equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
+    assert not equal(runs[0][0], runs[2][0]) and runs[0][2] != runs[2][2]
+    torch.set_rng_state(before)
+    finetune.finetune(config_of(planted, seed=2, rows=32, epochs=2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert capfd.readouterr().out.endswith(": loaded\n")
+
+
+def test_a_finished_run_is_loaded_and_not_trained_again(finished, monkeypatch):
+    monkeypatch.setattr(finetune, "_train", lambda *_: pytest.fail("trained again"))
+    run = finetune.finetune(finished.config)
+    assert run == finished and equal(weights(run), weights(finished))
+
+
+def test_a_run_that_breaks_off_leaves_nothing_behind(planted, out, monkeypatch):
+    def broken(config, model, tokenizer, rows, watch):
+        watch.on_epoch_end(None, None, None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "_train", broken)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.finetune(config_of(planted, rows=16))
+    assert not list((out / "runs").iterdir())
+    monkeypatch.setattr(finetune, "_train", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left on device" in one_line(finetune.finetune, config_of(planted, rows=16))
+    assert not list((out / "runs").iterdir())
+
+
+def test_weights_that_are_not_here_or_broken_are_one_line(planted, out):
+    run = finetune.finetune(config_of(planted, rows=16, epochs=1))
+    path = out / "runs" / run.config.name / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    assert "are not readable" in one_line(run.load)
+    path.unlink()
+    assert "its weights are not" in one_line(finetune.finetune(run.config).load)
+    kept = weights(finetune.finetune(run.config, again=True))
+    assert path.is_file() and kept
+
+
+def test_the_encoder_is_the_pretrained_one_and_the_head_is_new():
+    pretrained, found = hub.model(hub.STAND_IN), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(finetune.with_new_head(hub.STAND_IN, 3))
+    for model in found:
+        assert equal(pretrained.state_dict(), model.bert.state_dict())
+        assert model.classifier.weight.shape == (3, 32) and all(p.requires_grad for p in model.parameters())
+    heads = [model.classifier.weight for model in found]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_padding_and_batches_do_not_change_scores(finished):
+    model, tokenizer = finished.load()
+    texts, _ = finetune.examples(finished.config.task, "validation")
+    short, long = min(texts, key=lambda row: len(row[0])), max(texts, key=lambda row: len(row[0]))
+    together = tokenizer([short[0], long[0]], padding=True, return_tensors="pt")
+    alone = tokenizer([short[0]], return_tensors="pt")
+    assert together["input_ids"].shape[1] > alone["input_ids"].shape[1]
+    torch.testing.assert_close(probes.run(model, dict(together))[:1], probes.run(model, dict(alone)))
+    asked = (model, tokenizer, finished.config.task, "validation")
+    assert len({finetune.score(*asked, batch=batch) for batch in (1, 7, 80)}) == 1
+
+
+def test_a_score_is_the_metric_of_the_models_own_answers(finished):
+    model, tokenizer = finished.load()
+    texts, labels = finetune.examples(finished.config.task, "validation", 30)
+    answers = [int(probes.run(model, dict(tokenizer([text], return_tensors="pt"))).argmax()) for (text,) in texts]
+    expected = np.mean(np.array(answers) == labels)
+    assert finetune.score(model, tokenizer, finished.config.task, "validation", 30) == expected
+    with torch.no_grad():
+        model.model.classifier.bias.fill_(float("nan"))
+    assert finetune.score(model, tokenizer, finished.config.task, "validation", 30) == 0
+    assert "has 2 classes, task mnli 3" in str(_of_mnli(model, tokenizer))
+
+
+def _of_mnli(model, tokenizer):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(finetune, "examples", lambda *_: ([("a", "b"), ("c", "d")], [0, 1]))
+    with pytest.raises(UserError) as caught, patch.context():
+        finetune.score(model, tokenizer, "mnli", "train")
+    patch.undo()
+    return caught.value
+
+
+def test_ablation_zeroes_exactly_its_parameters_and_restores_to_the_bit(finished):
+    model, tokenizer = finished.load()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    asked = (model, tokenizer, finished.config.task, "validation")
+    whole = finetune.score(*asked)
+    with dims.ablated(model, [3, 7]) as count:
+        changed = {name: tensor != before[name] for name, tensor in model.state_dict().items()}
+        touched = {name for name, where in changed.items() if where.any()}
+        assert count == 2 * 2 * 2 and touched <= {
+            f"model.bert.encoder.layer.{layer}.output.LayerNorm.{kind}"
+            for layer in (0, 1)
+            for kind in ("weight", "bias")
+        }
+        assert all(set(changed[name].nonzero().flatten().tolist()) == {3, 7} for name in touched)
+    with dims.ablated(model, range(32)):
+        assert finetune.score(*asked) < whole  # every text looks the same
+    assert equal(before, model.state_dict()) and finetune.score(*asked) == whole
+
+
+@pytest.mark.parametrize("name", ["mnli", "stsb"])
+def test_tasks_of_glue_are_trained_and_scored_on_all_their_splits(name, glue, out):
+    run = finetune.finetune(FinetuneConfig(hub.STAND_IN, name, rows=12, batch=4, epochs=1, lr=1e-3, longest=32))
+    task = finetune.TASKS[name]
+    assert run.best == 0 and tuple(run.scores[0]) == task.splits
+    model, tokenizer = run.load()
+    for split in task.splits:
+        assert finetune.score(model, tokenizer, name, split, 12, 32) == run.scores[0][split]
+    batch = tokenizer(*zip(*finetune.examples(name, "train", 2)[0], strict=True), padding=True, return_tensors="pt")
+    assert probes.run(model, dict(batch)).shape == (2, task.labels)
+
+
+def test_a_model_that_cannot_pad_is_refused(glue, out, monkeypatch):
+    tokenizer = hub.tokenizer(hub.STAND_IN)
+    tokenizer.pad_token = None
+    monkeypatch.setattr(hub, "tokenizer", lambda _: tokenizer)
+    assert "no token to pad with" in one_line(finetune.finetune, FinetuneConfig(hub.STAND_IN, "rte"))
