@@ -1,9 +1,12 @@
-"""Single heads: their maps as the papers draw them, what gates let through, and heads that do not read a dimension.
+"""Attention head by head: maps as the papers draw them, gates, what a head does not read, and controls for 05.
 
-head_map(model, batch, block, head)   probabilities, values, their product, gate: `HeadMap`
-show(axes, found, names)              one row of pictures
-gates(model, batches)                 per block: what the gates of gated attention let through
-unread(model, dimensions, by)         queries, keys or values that are blind to some dimensions
+head_map(model, batch, block, head)     probabilities, values, their product, gate: `HeadMap`; `gallery` draws them
+gates(model, batches)                   per block: what the gates of gated attention let through
+unread(model, dimensions, by)           queries, keys or values that are blind to some dimensions
+special_without(model, dimensions, ..)  attention at special tokens without some dimensions
+standing(surveys, rules, others)        correlations of named dimensions beside random sets of as many
+language_heads, runs_here, pick         the heads of small language models, and which of these are on this machine
+outlier_panels(blocks, ..)              outliers by token, position and dimension, as `sinkplots.outliers` draws them
 """
 
 from collections.abc import Iterable
@@ -175,9 +178,13 @@ def special_without(model: nn.Module, dimensions: list[int], batches: Iterable[B
     Args:
         model, batches, groups: as for `sinks.survey`.
         dimensions: none of them for the model as it is.
+
+    Raises:
+        UserError: a model of one block, and what `sinks.survey` and `dims.ablated` refuse.
     """
     with dims.ablated(model, dimensions):
         after = sinks.survey(model, batches, groups, only_attention=True)
+    params.require(len(after) > 1, "the model has one block, and no block after a `norm2`")
     return float(torch.stack([one.shares[:, :2].sum(1) for one in after[1:]]).mean())
 
 
@@ -193,13 +200,13 @@ def standing(
 
     Returns:
         Columns draw, block, rule, hidden, r; `random sets`, the 95th percentile of what 200 random sets of as many
-        others reach; `excess`, r less that, or less 0 where that is negative.
+        others reach; `excess`, r less that, or less 0 where that is negative. nan where nothing varies.
     """
     rows = []
     for draw, survey in enumerate(surveys):
         for block, one in enumerate(survey):
             for hidden in sinks.CORRELATIONS:
-                r = one.correlation(hidden).mean(0)
+                r = sinks.over_heads(one.correlation(hidden))[1]
                 for rule, own in rules.items():
                     rows += [(draw, block, rule, hidden, *_beyond(r, own, others))] if own else []
     found = pd.DataFrame(rows, columns=["draw", "block", "rule", "hidden", "r", "random sets"])
@@ -207,11 +214,13 @@ def standing(
 
 
 def _beyond(r: Tensor, dimensions: list[int], others: list[int], sets: int = 200) -> tuple[float, float]:
-    """nan, of a dimension that is constant, is no candidate; the random sets are the same at every call."""
+    """A dimension that is constant has no r and is no candidate; the random sets are the same at every call."""
+    own, rest = (x[~x.isnan()] for x in (r[dimensions], r[others]))
+    if not len(own) or not len(rest):
+        return torch.nan, torch.nan
     generator = torch.Generator().manual_seed(0)
-    rest = r[others].nan_to_num(-1)
     drawn = torch.stack([torch.randperm(len(rest), generator=generator)[: len(dimensions)] for _ in range(sets)])
-    return float(r[dimensions].nan_to_num(-1).max()), float(rest[drawn].amax(1).quantile(0.95))
+    return float(own.max()), float(rest[drawn].amax(1).quantile(0.95))
 
 
 def language_heads(model: Transformer, batches: list[Tensor]) -> list[dict]:

@@ -107,8 +107,9 @@ def strips(maps: dict[str, Tensor], title: str) -> Figure:
     """
     heads, length, _ = next(iter(maps.values())).shape
     pitch, middle = length + 2, (length - 1) / 2  # two columns between heads stay empty
-    fig, axs = plt.subplots(len(maps), 1, figsize=(1.25 * heads + 2.4, 1.35 * len(maps) + 0.9), sharex=True)
-    for ax, (name, image) in zip(axs, maps.items(), strict=True):
+    size = (1.25 * heads + 2.4, 1.35 * len(maps) + 0.9)
+    fig, axs = plt.subplots(len(maps), 1, figsize=size, sharex=True, squeeze=False)
+    for ax, (name, image) in zip(axs.flat, maps.items(), strict=True):
         strip = torch.nn.functional.pad(image, (0, 2), value=torch.nan).transpose(0, 1).flatten(1)[:, :-2]
         drawn = ax.imshow(strip.numpy(), vmin=0, vmax=1, cmap="rocket_r", interpolation="nearest")
         ax.set_yticks([middle], [name])

@@ -96,8 +96,10 @@ class SinkStatistics:
         heads, exact = probs.shape[1], torch.promote_types(probs.dtype, torch.float32)
         received, sink = self._add_attention(probs, groups, mask, causal)
         v, context, gated = (x.unflatten(-1, (heads, -1)).to(exact) for x in (v, context, gated))  # (B, T, H, K)
-        rest = probs.to(exact) * (mask & (groups > 1))[:, None, None]  # to special tokens nothing
-        rest = rest / rest.sum(-1, keepdim=True).clamp(min=torch.finfo(exact).tiny)
+        to_tokens = probs.to(exact) * mask[:, None, None]
+        rest = to_tokens * (groups > 1)[:, None, None]  # to special tokens nothing
+        handed, left = (x.sum(-1, keepdim=True) for x in (to_tokens, rest))  # clipped rows need not sum to 1
+        rest = rest * (handed / left.clamp(min=torch.finfo(exact).tiny))
         undrained = (rest @ v.transpose(1, 2)).transpose(1, 2)
         self._add_values(v, {"output": context, "passed": gated, "undrained": undrained}, groups, sink, mask)
         everywhere = probs.to(exact).mean(2).double()  # (B, H, T), of padding queries too
@@ -174,13 +176,14 @@ class SinkStatistics:
 
     @property
     def evenness(self) -> Tensor:
-        """(H,): column entropy, entropy of a_t over log n, mean over rows: 1 all columns alike, 0 one has it all."""
+        """(H,): column entropy, entropy of a_t over log n, mean over rows: 1 all columns alike, 0 one has it all,
+        or, behind a clipped softmax, the head hands out nothing."""
         return self.sums["evenness"] / self.sums["rows"]
 
     @property
     def largest(self) -> Tensor:
         """(H,): of the attention that a head hands out in a row, the share of the sink, mean over rows. Clipped
-        probabilities need not sum to 1: what is not handed out does not count."""
+        probabilities need not sum to 1: what is not handed out does not count, and of nothing the share is 0."""
         return self.sums["largest"] / self.sums["rows"]
 
     @property
@@ -272,8 +275,8 @@ def survey(
                 own = [kept[f"blocks.{layer}.{site}"] for site in ("probs", "v", "context")]
                 hidden = kept[streams[layer]], kept[streams[layer + 1]]
                 statistics.add(*own, *hidden, of, mask, kept.get(f"blocks.{layer}.gated"), causal)
-    if not found or not found[0].sums:
-        raise UserError("nothing to survey: no batches, or no attention")
+    if not found or not found[0].sums.get("rows"):
+        raise UserError("nothing to survey: no attention, or no row of two tokens or more")
     return found
 
 
@@ -289,6 +292,16 @@ def table(survey: list[SinkStatistics]) -> list[dict]:
     return rows
 
 
+def over_heads(r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(H, D) of `SinkStatistics.correlation` -> smallest, mean and largest over heads, (D,) each.
+
+    A head whose attention is constant has no r and is left out; of no head at all they are nan.
+    """
+    live = r[~r.isnan().all(1)]
+    live = live if len(live) else r
+    return live.amin(0), live.mean(0), live.amax(0)
+
+
 def correlations(survey: list[SinkStatistics], hidden: str = "input") -> list[dict]:
     """One row per block and dimension: the smallest, the mean and the largest r over heads (`low`, `r`, `high`).
 
@@ -297,9 +310,8 @@ def correlations(survey: list[SinkStatistics], hidden: str = "input") -> list[di
     """
     rows = []
     for block, one in enumerate(survey):
-        r = one.correlation(hidden)  # (H, D)
-        parts = zip(r.amin(0).tolist(), r.mean(0).tolist(), r.amax(0).tolist(), strict=True)
-        for dimension, (low, mean, high) in enumerate(parts):
+        parts = (part.tolist() for part in over_heads(one.correlation(hidden)))
+        for dimension, (low, mean, high) in enumerate(zip(*parts, strict=True)):
             own = {"hidden": hidden, "block": block, "dimension": dimension}
             rows.append(own | {"low": low, "r": mean, "high": high})
     return rows

@@ -1,5 +1,7 @@
 """Single heads: their maps, gates, blind heads, and what is compared with random dimensions."""
 
+import dataclasses
+
 import pandas as pd
 import pytest
 import torch
@@ -127,6 +129,21 @@ def test_special_without_is_the_survey_of_the_ablated_model_behind_the_first_blo
     expected = torch.stack([one.shares[:, :2].sum(1).mean() for one in after[1:]]).mean()
     assert headmaps.special_without(model, [3], [ids], groups) == pytest.approx(float(expected))
     assert headmaps.special_without(model, [], [ids], groups) != pytest.approx(float(expected))
+
+
+def test_a_model_of_one_block_has_none_behind_the_first():
+    model = Transformer(dataclasses.replace(BERT, layers=1)).eval()
+    with pytest.raises(UserError, match="the model has one block"):
+        headmaps.special_without(model, [], [torch.randint(0, 40, (2, 4))], torch.arange(40).clamp(max=3))
+
+
+def test_what_does_not_vary_stands_nowhere():
+    probs, hidden = torch.softmax(torch.randn(4, 2, 6, 6), -1), torch.randn(4, 6, 8)
+    hidden[..., 2] = 1
+    one = sinks.SinkStatistics()
+    one.add(probs, hidden, hidden, hidden, hidden, torch.full((4, 6), 3))
+    found = headmaps.standing([[one]], {"constant": [2], "with another": [2, 3]}, [4, 5, 6, 7]).groupby("rule")["r"]
+    assert found.min().isna().tolist() == [True, False]
 
 
 def test_standing_finds_a_planted_dimension_and_not_one_that_is_like_all_others():

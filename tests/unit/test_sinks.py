@@ -171,6 +171,25 @@ def test_a_head_undrained_hands_on_what_its_other_attention_finds():
     assert found.values[0, 1] == pytest.approx(math.hypot(9, 9) / median)
 
 
+def test_undrained_attention_hands_out_as_much_as_before():
+    parts = tensors()
+    parts[0], parts[5] = parts[0] * 0.25, torch.full((3, 6), 3)  # as if clipped; no special tokens
+    parts[2] = (parts[0] @ parts[1].unflatten(-1, (2, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    found = survey(parts)
+    assert torch.allclose(found.undrained, found.output, atol=1e-6)
+
+
+def test_a_head_of_constant_attention_is_left_out_of_the_mean_over_heads():
+    parts = tensors(rows=8)
+    parts[0][:, 0] = 1 / 6
+    found = survey(parts)
+    r = found.correlation()
+    assert r[0].isnan().all() and r[1].isfinite().all()
+    assert all(torch.equal(part, r[1]) for part in sinks.over_heads(r))
+    assert [row["r"] for row in sinks.correlations([found])] == r[1].tolist()
+    assert sinks.over_heads(r[:1])[1].isnan().all()
+
+
 def test_what_passes_a_gate():
     parts = tensors()
     assert torch.equal(survey(parts).passed, survey(parts).output)
@@ -366,8 +385,9 @@ def test_a_survey_of_attention_alone_is_the_same(bert):
 
 def test_nothing_to_survey_is_an_error():
     model = Transformer(BERT).eval()
-    with pytest.raises(UserError, match="no batches"):
-        sinks.survey(model, [], torch.zeros(40, dtype=torch.long))
+    for batches in ([], [torch.zeros(2, 1, dtype=torch.long)]):
+        with pytest.raises(UserError, match="no row of two tokens"):
+            sinks.survey(model, batches, torch.zeros(40, dtype=torch.long))
     with pytest.raises(UserError, match="no batches"):
         sinks.outliers(model, [], 40)
 
