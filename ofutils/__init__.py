@@ -20,16 +20,23 @@ Five floors; a module imports from lower floors only (a test reads the imports).
     1      plots        theme, colours keyed by method, `save`
     1      hub          checkpoints and data by name and revision, the packaged MiniLM, a stand-in
     2      data         corpora, tokenizer, batches with a cursor
+    2      frequency    how often each token occurs: shipped counts, a text's own
     2      probes       `hooked`, `capture`, `edit`, `measure` at named sites
     2      variants     texts without natural frequencies, order or separators, for trainings
     2      transformer  one transformer with named sites, by configuration
     3      families     Hugging Face models into `Transformer`, or with their sites, to be read
     3      dims         outlier dimensions: by LayerNorm parameters, by activation; `ablated`
-    3      frequency    token counts, and how the size of each dimension goes with them
-    3      heads        MLM and pair heads on a frozen encoder
+    3      correlations how the size of each dimension goes with token frequency
+    3      heads        MLM heads on a frozen encoder
     3      sinks        attention sinks: where heads look, what they find, which dimensions go with it
     3      quant        quantizers, range estimators, calibration, `quantized`
+    3      tasks        GLUE and other tasks of sentences and pairs: texts, labels, metrics
     3      train        `TrainConfig`, `train`, resume
+    4      damage       what breaks in an encoder without some dimensions; geometry with and without them
+    4      finetune     a pre-trained encoder fine-tuned on a task, and scored on it
+    4      headmaps     attention head by head: maps, gates, what a head does not read, controls
+    4      sinkplots    the figures of attention sinks
+    4      predictions  what a model predicts: how diverse, and which parts of speech it trades
     4      sweep        many runs: here or in local processes; the notebooks' recipes
     4      report       the scoreboard: claims, what was measured, verdicts
 

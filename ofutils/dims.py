@@ -1,18 +1,19 @@
-"""Outlier dimensions: found by the parameters of LayerNorms or by activation, and switched off.
+"""Outlier dimensions: found by the parameters of LayerNorms or by activation, looked at, and switched off.
 
 Norms are named by their sites (`norm2` in every block, `blocks.3.norm2`, `embed_norm`, ...), in `Transformer`
 and in any Hugging Face model that `families.with_sites` reads. In a post-norm BERT `norm2` is the output
 LayerNorm of each block; the norm of an MLM head is called `head.norm` and is taken only when asked for.
 """
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ofutils import UserError, params
-from ofutils.probes import Measurement, Place, resolve
+from ofutils.probes import Batch, Measurement, Place, capture, resolve, run
 
 #: Every norm of the body of a model, wherever it has one.
 ALL_NORMS = ("embed_norm", "norm1", "norm2", "norm_final")
@@ -23,13 +24,15 @@ def norms(model: nn.Module, where: str | Iterable[str] = "norm2") -> dict[str, n
 
     Args:
         model: with sites: a `Transformer`, or what `families.with_sites` returns.
-        where: site names or patterns, and `head.norm` for the norm of an MLM head. Of `ALL_NORMS` those that
-            the model lacks are left out.
+        where: site names or patterns, and `head.norm` for the norm of the MLM head of a `Transformer`. Of
+            `ALL_NORMS` those that the model lacks are left out.
 
     Raises:
-        UserError: a model without a norm at these sites, or an unknown site.
+        UserError: a model without sites, or without a norm at these sites or on its head, or an unknown site.
     """
     patterns = [where] if isinstance(where, str) else list(where)
+    params.require(hasattr(model, "sites"), f"{type(model).__name__} has no sites: take families.with_sites of it")
+    params.require(len(patterns) > 0, "no site is named")
     wanted = [pattern for pattern in patterns if pattern != "head.norm"]
     if set(wanted) == set(ALL_NORMS):
         known = {name.split(".")[-1] for name in model.sites()}
@@ -40,6 +43,7 @@ def norms(model: nn.Module, where: str | Iterable[str] = "norm2") -> dict[str, n
     }
     if "head.norm" in patterns:
         found["head.norm"] = getattr(getattr(model, "head", None), "norm", None)
+        params.require(found["head.norm"] is not None, "no norm with parameters at head.norm")
     found = {name: norm for name, norm in found.items() if getattr(getattr(norm, "weight", None), "ndim", 0) == 1}
     params.require(len(found) > 0, f"no norm with parameters at {', '.join(patterns)}")
     return found
@@ -71,17 +75,23 @@ def by_weight(
     """Outlier dimensions by the rule of puccetti2022's code: far in weight, or in bias, of enough norms.
 
     Of each parameter, the dimensions that are far (see `counts`) in at least `layers` norms are sorted by
-    that number. The two lists are dealt out in turn, weight first, as long as both have one left; of the
-    first `top` cards each dimension counts once. A dimension may thus come from one list alone, and where
-    one list is empty nothing is found.
+    that number, equal ones by their index. The two lists are dealt out in turn, weight first, as long as both
+    have one left; of the first `top` cards each dimension counts once. A dimension may thus come from one list
+    alone, and where one list is empty nothing is found. Norms without biases have one list, dealt as it is.
 
     Args:
         sigma: 3 in the library of the authors, 2.5 in their GLUE script.
         layers: 4 (of 12) with the authors.
+        top: 6 in the library of the authors, 10 in their GLUE script.
 
     Returns:
         Dimensions in the order of the cards; at most `top`.
+
+    Raises:
+        UserError: a threshold that is not positive; what `norms` refuses.
     """
+    params.require(sigma > 0, f"sigma must be positive, got {sigma}")
+    params.require(layers >= 1, f"layers must be at least 1, got {layers}")
     lists = []
     for count in counts(model, sigma, where).values():
         order = count.sort(descending=True, stable=True).indices.tolist()
@@ -94,10 +104,60 @@ def by_activation(measured: Measurement, top: int = 2) -> list[int]:
     """The dimensions with the largest |x| at any of the measured sites, largest first.
 
     Args:
-        measured: from `probes.measure` with the meter `max_abs`.
+        measured: from `probes.measure` with the meter `max_abs`, at sites of one width.
+        top: 1 to D.
+
+    Raises:
+        UserError: more dimensions than there are, or sites of different widths.
     """
-    largest = torch.stack([found.maxima["largest"] for found in measured.sites.values()])  # (sites, D)
-    return largest.amax(0).topk(top).indices.tolist()
+    rows = [found.maxima["largest"] for found in measured.sites.values()]
+    params.require(len({len(row) for row in rows}) == 1, "the measured sites have different widths")
+    params.require(1 <= top <= len(rows[0]), f"top must lie between 1 and {len(rows[0])}, got {top}")
+    return torch.stack(rows).amax(0).topk(top).indices.tolist()
+
+
+@torch.no_grad()
+def profile(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    dims: Sequence[int],
+    groups: Tensor,
+    names: Sequence[str],
+    where: str | Iterable[str] = "resid_post",
+) -> list[dict]:
+    """At which tokens a dimension is large, and whether it has one sign everywhere.
+
+    Args:
+        batches: mappings with `input_ids` and `attention_mask`; padding counts nowhere.
+        dims: dimensions to look at.
+        groups: (V,) the group of every id, as an index into `names`, e.g. from `sinks.token_groups`.
+        where: sites.
+
+    Returns:
+        One row per dimension: `dimension`; `largest |x| at <name>` for each group, over all sites and tokens;
+        `one sign`, 0.5 to 1: the share of tokens with the sign that most have, mean over sites.
+    """
+    sites = resolve(model, where)
+    size = torch.zeros(len(names), len(dims))
+    above, tokens = torch.zeros(len(sites), len(dims)), 0
+    for batch in batches:
+        with capture(model, sites) as kept:
+            run(model, batch)
+        real = batch["attention_mask"].bool().cpu()
+        group = groups[batch["input_ids"].cpu()[real]]  # (n,)
+        x = torch.stack([kept[site].cpu()[real][:, list(dims)] for site in sites])  # (sites, n, dims)
+        tokens += len(group)
+        above += (x > 0).sum(1)
+        for index in group.unique().tolist():
+            size[index] = torch.maximum(size[index], x[:, group == index].abs().amax((0, 1)))
+    share = above / tokens
+    sign = torch.maximum(share, 1 - share).mean(0)
+    return [
+        {"dimension": dim}
+        | {f"largest |x| at {name}": float(size[index, place]) for index, name in enumerate(names)}
+        | {"one sign": float(sign[place])}
+        for place, dim in enumerate(dims)
+    ]
 
 
 @contextmanager
@@ -105,23 +165,29 @@ def ablated(model: nn.Module, dims: Iterable[int], where: str | Iterable[str] = 
     """Weight and bias of these dimensions set to zero in the named norms, for as long as the context is open.
 
     In a post-norm model this makes the dimension zero for every token after that norm. Afterwards, also
-    after an exception, the parameters are what they were, to the bit. Nothing is trained in between.
+    after an exception, the parameters are what they were, to the bit. Nothing is trained in between. Contexts
+    may be nested; one that is opened inside another is to be closed before it.
 
     Args:
         dims: dimensions, 0 to D - 1.
         where: as in `norms`; the default is the output LayerNorm of every block: 48 parameters of BERT-base for
-            two dimensions.
+            two dimensions. In pre-norm models (GPT-2, ViT, Llama) `norm2` is what the MLP reads, and the stream
+            keeps the dimension.
 
     Yields:
         How many parameters were set to zero.
 
     Raises:
-        UserError: a dimension out of range, or no such norm.
+        UserError: what is no dimension, one out of range, or no such norm.
 
-    Source: puccetti2022. Departure: the authors' function for BERT's MLM loss also hits the norm of the MLM
+    Source: puccetti2022. The authors have two functions. One touches the blocks alone (fine-tuned models, MLM loss by
+    layer), as here. The other (attention maps, token diversity, parts of speech) also hits the norm of BERT's MLM
     head, 52 parameters for two dimensions; that is `where=("norm2", "head.norm")` here.
     """
-    dims = [int(dim) for dim in dims]
+    try:
+        dims = [operator.index(dim) for dim in dims]
+    except TypeError:
+        raise UserError(f"dimensions are whole numbers, got {dims!r}") from None
     chosen = [parameter for norm in norms(model, where).values() for parameter in norm.parameters(recurse=False)]
     width = min(parameter.numel() for parameter in chosen)
     if bad := [dim for dim in dims if not 0 <= dim < width]:

@@ -1,13 +1,13 @@
-"""Heads on a frozen encoder: what it knows about masked tokens, and about which texts belong together.
+"""A head on a frozen encoder: what it knows about masked tokens.
 
 An encoder without a head of its own (a sentence embedder) gets one, trained here on its frozen hidden states,
-so that damage inside the encoder can be read as a loss in nats and as an accuracy.
+so that damage inside the encoder can be read as a loss in nats.
 """
 
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ofutils import params, probes
@@ -41,9 +41,20 @@ def _at_masks(encoder: Transformer, masked: list[Masked]) -> tuple[Tensor, Tenso
 
 
 def unigram(ids: Tensor, vocab: int) -> Tensor:
-    """Log frequencies (V,) of token ids, each counted a tenth more than seen: what can be known without context."""
+    """Log frequencies (V,) of token ids, each counted a tenth more than seen: what can be known without context.
+
+    Args:
+        ids: tokens that may be masked: without special tokens and padding, see `maskable`.
+    """
     counted = torch.bincount(ids.flatten(), minlength=vocab).float() + 0.1
     return (counted / counted.sum()).log()
+
+
+def maskable(batches: list[dict[str, Tensor]], tokenizer) -> Tensor:
+    """The ids (n,) of all tokens that `data.mask_tokens` may ask for: no special tokens, no padding."""
+    special = torch.tensor(tokenizer.all_special_ids)
+    real = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
+    return real[~torch.isin(real, special)]
 
 
 def train_mlm_head(encoder: Transformer, masked: list[Masked], steps: int, seed: int = 0, lr: float = 1e-3) -> Head:
@@ -85,42 +96,3 @@ def mlm_loss(encoder: Transformer, head: Head, masked: list[Masked]) -> float:
     for part, true in zip(states.split(1024), ids.split(1024), strict=True):
         losses.append(F.cross_entropy(head(part, embedding), true, reduction="none"))
     return float(torch.cat(losses).mean())
-
-
-def _features(a: Tensor, b: Tensor) -> Tensor:
-    """(n, D) and (n, D) -> (n, 2 D): |a - b| and a b of the unit vectors."""
-    a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
-    return torch.cat([(a - b).abs(), a * b], -1) * a.shape[-1] ** 0.5
-
-
-def _examples(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """True pairs, and each first text with the second text of its neighbour: features (2 n, 2 D), labels (2 n,)."""
-    labels = torch.cat([torch.ones(len(a)), torch.zeros(len(a))])
-    return torch.cat([_features(a, b), _features(a, b.roll(1, 0))]), labels
-
-
-def train_pair_head(a: Tensor, b: Tensor, steps: int = 300, lr: float = 1e-2) -> nn.Linear:
-    """Logistic regression on embeddings: does the second text belong to the first?
-
-    Args:
-        a, b: (n, D) embeddings of texts that belong together, row by row; false pairs are made of neighbours.
-
-    Returns:
-        2 D -> 1, from zero, so without chance.
-    """
-    features, labels = _examples(a, b)
-    head = nn.Linear(features.shape[1], 1)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        F.binary_cross_entropy_with_logits(head(features)[:, 0], labels).backward()
-        optimizer.step()
-    return head.requires_grad_(False)
-
-
-def pair_accuracy(head: nn.Linear, a: Tensor, b: Tensor) -> float:
-    """Share of true and false pairs (half and half) that the head calls what they are; 0.5 is chance."""
-    features, labels = _examples(a, b)
-    return float(((head(features)[:, 0] > 0) == labels.bool()).double().mean())

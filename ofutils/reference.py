@@ -21,7 +21,7 @@ from ofutils import UserError, params
 SEEDS_NEEDED = 3
 # Student's t, 95% one-sided, by degrees of freedom; beyond 10 the last one, which is a little wide
 _T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833, 10: 1.812}
-_PAPERS = ("bondarenko2023", "he2024")
+_PAPERS = ("bondarenko2023", "he2024", "puccetti2022")
 #: Columns of a notebook's table of verdicts.
 TABLE = ["id", "claim", "ours", "low", "high", "margin", "n", "values", "ratio", "paper", "verdict"]
 #: What stands for the paper's number where it gives none, or none that was verified.
@@ -32,8 +32,9 @@ def table(paper: str, item: str) -> pd.DataFrame:
     """The verified numbers of one table or figure.
 
     Args:
-        paper: `bondarenko2023` or `he2024`.
-        item: e.g. `table 6 OPT-125m`.
+        paper: `bondarenko2023`, `he2024` or `puccetti2022`.
+        item: e.g. `table 6 OPT-125m`. What comes from released code or notebooks alone, and not from the
+            paper, says so in its source.
 
     Returns:
         Columns row, column, value (text: a number or a bound such as `<12`), spread, unit, site, source.

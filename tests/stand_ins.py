@@ -32,7 +32,7 @@ class Model:
 
     architecture: str  # the class whose weights the real file holds
     config: dict
-    tokenizer: str  # a name of TOKENIZERS
+    tokenizer: str  # a name of TOKENIZERS, or none
     dtype: torch.dtype = torch.float32
     seeds: tuple[tuple[str, int], ...] = (("main", 0),)  # revision -> seed; equal seeds are equal weights
 
@@ -57,6 +57,7 @@ MODELS = {
     "FacebookAI/roberta-base": Model("RobertaForMaskedLM", _ROBERTA, "roberta"),
     "facebook/opt-125m": Model("OPTForCausalLM", {}, "opt", torch.float16),
     "openai-community/gpt2": Model("GPT2LMHeadModel", {}, "gpt2"),
+    "google/vit-base-patch16-224-in21k": Model("ViTModel", {}, ""),
     hub.MINILM: Model("BertModel", _MINILM, "bert"),
 }
 # (special tokens by id, before the bytes; the token before and after a text; roles)
@@ -121,7 +122,8 @@ def _build_model(folder: Path, model: Model) -> None:
     small = folder / "shared"
     empty.config.architectures, empty.config.dtype = [model.architecture], model.dtype
     empty.config.save_pretrained(small)
-    _tokenizer(model.tokenizer).save_pretrained(small)
+    if model.tokenizer:
+        _tokenizer(model.tokenizer).save_pretrained(small)
     files = {path.name: _blob(folder, path) for path in small.iterdir()}
     small.rmdir()
     weights = {}  # by seed

@@ -114,7 +114,7 @@ def test_one_block_alone_and_the_head_only_when_asked():
         assert count == 2 * 2 * 7 and (model.head.norm.weight[[3, 8]] == 0).all()
 
 
-def test_48_parameters_of_bert_base_and_the_52_of_the_authors_slip():
+def test_48_parameters_of_bert_base_and_52_with_the_norm_of_its_head():
     with torch.device("meta"):
         model = transformers.BertForMaskedLM(transformers.BertConfig())
         shape = {"vocab": 30522, "layers": 12, "width": 768, "heads": 12, "context": 512, "causal": False}
@@ -136,12 +136,65 @@ def test_48_parameters_of_bert_base_and_the_52_of_the_authors_slip():
         ([3], "norm3", "unknown site 'norm3' .did you mean 'norm"),
         ([3], "mlp_out", "no norm with parameters at mlp_out"),
         ([3], "head.norm", "no norm with parameters at head.norm"),
+        ([3], ("norm2", "head.norm"), "no norm with parameters at head.norm"),
+        ([3], (), "no site is named"),
+        ("12", "norm2", "dimensions are whole numbers, got '12'"),
+        ([3.9], "norm2", "dimensions are whole numbers"),
     ],
 )
 def test_bad_dimensions_and_norms_are_one_clear_line(dimensions, where, message):
     model = from_hf(bert(transformers.BertModel))
     with pytest.raises(UserError, match=message), dims.ablated(model, dimensions, where):
         pass
+
+
+def test_the_head_of_a_model_that_is_only_read_is_never_left_out_in_silence():
+    with pytest.raises(UserError, match="no norm with parameters at head.norm"):
+        dims.norms(with_sites(bert()), ("norm2", "head.norm"))
+    with pytest.raises(UserError, match="BertForMaskedLM has no sites: take families.with_sites"):
+        dims.norms(bert())
+
+
+def test_thresholds_and_counts_that_make_no_sense_are_one_clear_line():
+    model = from_hf(bert())
+    for wrong in ({"layers": 0}, {"sigma": 0.0}, {"sigma": float("nan")}):
+        with pytest.raises(UserError, match="must be"):
+            dims.by_weight(model, **wrong)
+    measured = probes.measure(model, [batch()], ("norm2", "mlp_act"), meters=("max_abs",))
+    with pytest.raises(UserError, match="different widths"):
+        dims.by_activation(measured)
+    measured = probes.measure(model, [batch()], "norm2", meters=("max_abs",))
+    for top in (0, 33):
+        with pytest.raises(UserError, match=f"top must lie between 1 and 32, got {top}"):
+            dims.by_activation(measured, top)
+
+
+def test_norms_without_biases_have_one_list():
+    llama = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = with_sites(transformers.LlamaModel(transformers.LlamaConfig(**llama, intermediate_size=48)))
+    for norm in dims.norms(model).values():
+        norm.weight.data[7] = 9.0
+    assert dims.by_weight(model) == [7]
+
+
+def test_a_profile_says_at_which_tokens_and_with_which_sign():
+    model = from_hf(bert())
+    ids = torch.tensor([[1, 2, 3, 0], [1, 4, 2, 5]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    groups = torch.full((60,), 1)
+    groups[1] = 0  # id 1 starts every row
+    row, other = dims.profile(
+        model, [{"input_ids": ids, "attention_mask": mask}], [3, 8], groups, ("start", "other"), "blocks.2.norm2"
+    )
+    with probes.capture(model, "blocks.2.norm2") as kept, torch.no_grad():
+        model(ids, attention_mask=mask)
+    x = kept["blocks.2.norm2"][mask.bool()][:, 3]
+    starts = torch.tensor([0, 3])
+    assert row["dimension"] == 3 and other["dimension"] == 8
+    assert row["largest |x| at start"] == pytest.approx(float(x[starts].abs().max()))
+    assert row["largest |x| at other"] == pytest.approx(float(x[[1, 2, 4, 5, 6]].abs().max()))
+    above = float((x > 0).double().mean())
+    assert row["one sign"] == pytest.approx(max(above, 1 - above))
 
 
 def test_a_model_without_norms_is_one_clear_line():

@@ -22,6 +22,17 @@ def test_bondarenko_table_6_is_whole():
     assert reference.value("bondarenko2023", "table 6 OPT-125m", row, "max_inf_norm") == 8.7
 
 
+def test_puccettis_numbers_are_those_of_the_released_code_and_say_so():
+    assert reference.value("puccetti2022", "fine-tuned bert-base-uncased", "308 381", "stsb") == 0.2845
+    table = reference.table("puccetti2022", "fine-tuned bert-base-uncased")
+    assert len(table) == 4 * 5 and "mnli" not in set(table["column"])  # printed after a run on 2,000 rows only
+    dimensions = reference.table("puccetti2022", "outlier dimensions")
+    found = dimensions.groupby("row", sort=False)["value"].agg(lambda values: [int(value) for value in values])
+    assert found["google-bert/bert-base-uncased"] == [308, 381] and found["FacebookAI/roberta-base"] == [77, 588]
+    for source in (*table["source"], *dimensions["source"]):
+        assert "released" in source and source.endswith("not the paper")
+
+
 def test_unknown_papers_and_items_name_the_known_ones():
     with pytest.raises(UserError, match="unknown paper 'he2023' .did you mean 'he2024'"):
         reference.table("he2023", "table 2")
