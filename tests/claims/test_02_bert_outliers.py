@@ -1,9 +1,9 @@
 """Every verdict of 02_bert_outliers, computed once more from the points of its figures and tables."""
 
+import json
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -23,29 +23,55 @@ def rules():
     return rules_of("02_bert_outliers")
 
 
-def expected():
-    """id -> (one value per draw, name of the rule, whether it is a ratio)."""
-    ablation = pd.read_csv(FIGURES / "ablation.csv").groupby("switched off", sort=False)
-    rows = {name: list(part.sort_values("draw").to_dict("records")) for name, part in ablation}
-    off = rows[next(name for name in rows if name.startswith("largest activation, all"))]
-    rule = rows[next(name for name in rows if name.startswith("weight rule, all"))]
-    alone = pd.read_csv(FIGURES / "single_dimensions.csv")
-    usual = {column: float(np.quantile(alone[column], 0.95)) for column in ("similarity damage", "MLM damage")}
-    pairs = list(zip(rows["none"], off, rule, strict=True))
-    layers = pd.read_csv(FIGURES / "one_layer.csv")
-    layers = layers[layers["switched off"] == "both"]
-    worst = [part["similarity damage"] for _, part in layers.groupby("draw")]
-    cosines = pd.read_csv(FIGURES / "geometry.csv")
-    fall = []
-    for _, part in cosines[cosines["level"] == "tokens"].groupby("draw"):
-        everything = part["cosine over"] == "all dimensions"
-        fall.append(part[everything]["mean cosine"].mean() - part[~everything]["mean cosine"].mean())
+def read(name):
+    return pd.read_csv(FIGURES / f"{name}.csv")
+
+
+def starting(sets, text):
+    """The values by draw or seed of the one set whose name starts so."""
+    (found,) = [values for name, values in sets.items() if name.startswith(text)]
+    return found
+
+
+def by_set(table, index, column):
+    """Name of the set -> one value per draw or seed, the mean over whatever else there is (tasks, splits)."""
     return {
-        "similarity": ([(1 - o["agreement"]) / usual["similarity damage"] for _, o, _ in pairs], "times_usual", True),
-        "mlm": ([(o["MLM loss"] - w["MLM loss"]) / usual["MLM damage"] for w, o, _ in pairs], "times_usual", False),
-        "task": ([w["pair accuracy"] - o["pair accuracy"] for w, o, _ in pairs], "accuracy_lost", False),
-        "weight-rule": ([(1 - r["agreement"]) / (1 - o["agreement"]) for _, o, r in pairs], "share_found", True),
-        "layers": ([max(one) / median(one) for one in worst], "layer_factor", True),
+        name: list(part.groupby(index)[column].mean().sort_index())
+        for name, part in table.groupby("switched off", sort=False)
+    }
+
+
+def expected():
+    """id -> (one value per draw or seed, name of the rule, whether it is a ratio)."""
+    similarity, mlm = (by_set(read("ablation"), "draw", kind) for kind in ("similarity", "MLM"))
+    largest, others = "largest activation: ", "worst others, "
+    blocks = read("one_layer")
+    blocks = blocks[blocks["switched off"].str.startswith("all of ")]
+    over_blocks = [list(part["similarity"]) for _, part in blocks.groupby("draw")]
+    tuned = read("finetuned")
+    scores = by_set(tuned[tuned["block"] < 0], "seed", "score")
+    cosines = read("geometry")
+    last = cosines["depth"].max()  # the output, which is no stream that enters a block
+    streams = cosines[(cosines["level"] == "tokens") & (cosines["depth"] < last)]
+    whole, without = (streams[streams["cosine over"].str.startswith(one)] for one in ("all ", "without ["))
+    judged_set = json.loads((FIGURES / "ablation.json").read_text())["largest"]
+    without = without[without["cosine over"] == f"without {judged_set}"]
+    fall = [
+        mean(whole[whole["draw"] == draw]["mean cosine"]) - mean(without[without["draw"] == draw]["mean cosine"])
+        for draw in sorted(whole["draw"].unique())
+    ]
+
+    def over(above, below):
+        return [a / b for a, b in zip(above, below, strict=True)]
+
+    pair, rule = starting(similarity, largest), starting(similarity, "weight rule: ")
+    left = [a - b for a, b in zip(scores["none"], starting(scores, largest), strict=True)]
+    return {
+        "similarity": (over(pair, starting(similarity, f"{others}similarity")), "times_worst", True),
+        "mlm": (over(starting(mlm, largest), starting(mlm, f"{others}MLM")), "times_worst", True),
+        "finetuned": (left, "accuracy_lost", False),
+        "weight-rule": (over(rule, pair), "share_found", True),
+        "layers": ([max(one) / median(one) for one in over_blocks], "layer_factor", True),
         "geometry": (fall, "cosine_fall", False),
     }
 
@@ -58,3 +84,19 @@ def test_every_verdict_follows_from_the_points(committed, rules):
         assert [float(value) for value in row["values"].split()] == pytest.approx(values, rel=2e-3, abs=1e-4), name
         assert row["n"] == 3 and row["margin"] == rules[rule] and row["ratio"] == ratio
         assert row["verdict"].startswith(judged(values, rules[rule], ratio)), name
+
+
+def test_the_worst_others_are_the_worst_of_the_single_dimensions():
+    alone, sets = read("single_dimensions"), list(by_set(read("ablation"), "draw", "MLM"))
+    (judged_names,) = [json.loads(name.partition(": ")[2]) for name in sets if name.startswith("largest")]
+    (ruled,) = [json.loads(name.partition(": ")[2]) for name in sets if name.startswith("weight rule")]
+    others = alone[~alone["dimension"].isin([*judged_names, *ruled])]
+    for kind in ("similarity", "MLM"):
+        (named,) = [json.loads(name.partition(": ")[2]) for name in sets if name.startswith(f"worst others, {kind}")]
+        assert others.nlargest(len(named), kind)["dimension"].tolist() == named
+
+
+def test_fine_tuned_seeds_are_others_than_those_looked_at_before():
+    tuned = read("finetuned")
+    assert set(tuned["seed"]) == {4, 5, 6} and tuned["score"].between(0, 1).all()
+    assert sorted(set(tuned["block"])) == list(range(-1, 6))
