@@ -13,14 +13,16 @@ A defect that is theirs and stays: the best epoch is chosen by the data on which
 which flatters it. The scores of all epochs are kept, so that best minus last can be shown.
 
 Departures: a batch is padded to its longest row and not to 256 tokens (the mask hides padding, so that scores are the
-same); the head and the order of rows have several seeds, theirs is 42 alone.
+same); the head and the order of rows have several seeds, theirs is 42 alone. Of several GPUs one trains.
 """
 
-import hashlib
+import math
+import os
+import platform
 import random
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,7 @@ from transformers import (
 
 from ofutils import UserError, families, hub, params, probes
 from ofutils.records import differing, digest, warn_of_other_corpus
-from ofutils.tasks import METRICS, TASKS, Task, examples, read_task  # noqa: F401 (TASKS and Task: for notebooks)
+from ofutils.tasks import METRICS, TASKS, Task, examples, find_folder, read_task, sha256  # noqa: F401 (for notebooks)
 from ofutils.train import store
 
 
@@ -57,19 +59,27 @@ class FinetuneConfig:
     batch: int = 32
     epochs: int = 4
     weight_decay: float = 0.01
-    longest: int = 256  # tokens of a row; the longer text of a pair is cut first
+    longest: int = 256  # tokens of a row, special ones too; the longer text of a pair is cut first
 
     def __post_init__(self):
         for name in ("batch", "epochs", "longest"):
             params.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("rows", "seed", "weight_decay"):
-            params.require(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
-        params.require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        params.require(self.rows >= 0, f"rows must be at least 0, got {self.rows}")
+        params.require(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2**32, got {self.seed}")
+        params.require(0 < self.lr < math.inf, f"lr must be positive and finite, got {self.lr}")
+        decay = f"weight_decay must be at least 0 and finite, got {self.weight_decay}"
+        params.require(0 <= self.weight_decay < math.inf, decay)
+
+    @property
+    def key(self) -> dict:
+        """What identifies the run: the fields that differ from their defaults, a folder by its absolute path."""
+        folder = find_folder(self.task)
+        return differing(self) | ({"task": str(folder)} if folder else {})
 
     @property
     def name(self) -> str:
-        """The run's name, the same on every machine."""
-        return digest("finetune", differing(self))
+        """The run's name, the same on every machine where the task is no folder."""
+        return digest("finetune", self.key)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -77,7 +87,8 @@ class FinetuneConfig:
 
 
 def _encode(tokenizer, texts: list[tuple[str, ...]], longest: int) -> list[dict]:
-    longest = min(longest, tokenizer.model_max_length)
+    longest, frame = min(longest, tokenizer.model_max_length), tokenizer.num_special_tokens_to_add(len(texts[0]) == 2)
+    params.require(longest > frame, f"longest must be above {frame}, the special tokens of a row, got {longest}")
     rows = tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=longest)
     return [{name: values[i] for name, values in rows.items()} for i in range(len(texts))]
 
@@ -93,11 +104,13 @@ def score(
         batch: rows in a forward pass; has no influence beyond rounding.
 
     Returns:
-        Accuracy (0 to 1), or Matthews' or Pearson's correlation (-1 to 1). A prediction that is not finite is wrong.
+        Accuracy (0 to 1), or Matthews' or Pearson's correlation (-1 to 1). A row with a logit that is not finite
+        counts as answered wrongly, with another class than its own; in regression one such row makes the score -1.
 
     Raises:
-        UserError: what `examples` refuses; a model with another number of classes.
+        UserError: what `examples` refuses; a model with another number of classes; `longest` without room for a text.
     """
+    params.require(batch >= 1, f"batch must be at least 1, got {batch}")
     described, (texts, labels) = read_task(task), examples(task, split, rows)
     encoded, pad = _encode(tokenizer, texts, longest), DataCollatorWithPadding(tokenizer)
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]["input_ids"]))
@@ -110,11 +123,12 @@ def score(
                 logits.append(probes.run(model, dict(one)).float().cpu())
     finally:
         model.train(training)
-    logits = torch.cat(logits)  # (rows, classes)
-    classes = logits.shape[1]
+    logits, true = torch.cat(logits), np.array(labels)[order]  # (rows, classes), (rows,)
+    classes, finite = logits.shape[1], logits.isfinite().all(1).numpy()
     params.require(classes == described.labels, f"the model has {classes} classes, task {task} {described.labels}")
-    predicted = logits[:, 0] if classes == 1 else logits.argmax(1).where(logits.isfinite().all(1), -1)
-    return METRICS[described.metric](predicted.numpy(), np.array(labels)[order])
+    if classes == 1:
+        return METRICS[described.metric](logits[:, 0].numpy(), true) if finite.all() else -1.0
+    return METRICS[described.metric](np.where(finite, logits.argmax(1).numpy(), (true + 1) % classes), true)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -174,38 +188,37 @@ def _folder(config: FinetuneConfig) -> Path:
 
 def find(config: FinetuneConfig) -> Finetuned | None:
     """The finished run of a configuration, or None. A record of other data prints one line."""
-    record = store().find("finetune", differing(config))
+    record = store().find("finetune", config.key)
     if record is None:
         return None
     try:
-        here = _sha256(config)
+        here = sha256(config.task, config.rows)
     except UserError:
         here = None  # the record speaks for itself
-    warn_of_other_corpus(record, here)
+    theirs = record["environment"].get("corpus")
+    if here and find_folder(config.task) and theirs not in (None, here):
+        other = f"{config.task} holds other data now (sha256 {theirs[:12]}, here {here[:12]})"
+        print(f"{config.name}: {other}; finetune(config, again=True) trains anew")
+    else:
+        warn_of_other_corpus(record, here)
     return Finetuned(config, record)
-
-
-def _sha256(config: FinetuneConfig) -> str:
-    """Of all texts and labels of a run."""
-    found = hashlib.sha256()
-    for split in ("train", *read_task(config.task).splits):
-        found.update(repr(examples(config.task, split, config.rows)).encode())
-    return found.hexdigest()
 
 
 def finetune(config: FinetuneConfig, again: bool = False) -> Finetuned:
     """Fine-tune, or load the finished run. One printed line says which.
 
-    A run that is broken off leaves nothing behind and starts anew. On one machine the same configuration gives the
-    same weights, to the bit on a CPU with the same number of threads. Chance outside is left as it was.
+    A run that is broken off starts anew and leaves nothing behind; what a killed process left goes when its run is
+    started again. On one machine the same configuration gives the same weights, to the bit on a CPU with the same
+    number of threads. Chance outside is left as it was.
 
     Args:
-        config: the run. The rows of a batch are split over the GPUs that there are.
-        again: train even where there is a record, for the weights that are not here.
+        config: the run. It takes one GPU, the first, however many there are; a CPU where there is none.
+        again: train even where there is a record: for weights that are not here, or data that have changed.
 
     Raises:
-        UserError: what `examples` and `hub.model` refuse; training data of one class; a model that is no encoder or
-            has no table of sites; a full disk.
+        UserError: what `examples` and `hub.model` refuse; training data of one class; `longest` without room for a
+            text; a tokenizer without a token to pad with; a model without a head for classification or without a
+            table of sites; a full disk.
     """
     if not again and (run := find(config)):
         print(f"{_line(config)}: loaded")
@@ -213,31 +226,63 @@ def finetune(config: FinetuneConfig, again: bool = False) -> Finetuned:
     described, (texts, labels) = read_task(config.task), examples(config.task, "train", config.rows)
     same = f"all {len(labels)} training rows have the label {labels[0]}"
     params.require(len(set(labels)) > 1, f"task {config.task}: {same}; raise rows or take other data")
-    tokenizer, environment = hub.tokenizer(config.model), params.environment() | {"corpus": _sha256(config)}
+    tokenizer, environment = (
+        hub.tokenizer(config.model),
+        params.environment() | {"corpus": sha256(config.task, config.rows)},
+    )
     no_padding = f"{config.model} has no token to pad with; fine-tuning is for encoders such as BERT"
     params.require(tokenizer.pad_token is not None, no_padding)
     encoded = _encode(tokenizer, texts, config.longest)
     rows = [row | {"labels": label} for row, label in zip(encoded, labels, strict=True)]
+    scores, environment["commit"] = _trained(config, described.labels, tokenizer, rows)
+    result = {"scores": scores, "best": _best(scores)}
+    return Finetuned(config, store().write("finetune", config.key, result, environment))
+
+
+def _trained(config: FinetuneConfig, labels: int, tokenizer, rows: list[dict]) -> tuple[list[dict[str, float]], str]:
+    """The scores of a training whose best weights lie in the run's folder then, and the commit of its model."""
     runs = params.out() / "runs"
+    start = f".{config.name}.{platform.node()}."  # then the process, see `_remove_abandoned`
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=f".{config.name}.", dir=runs, ignore_cleanup_errors=True) as work,
-            _chance(config.seed),
-            hub.quiet(),
-        ):
-            model = with_new_head(config.model, described.labels)
+        _remove_abandoned(runs, start)
+        place = tempfile.TemporaryDirectory(prefix=f"{start}{os.getpid()}.", dir=runs, ignore_cleanup_errors=True)
+        with place as work, _chance(config.seed):
+            model = with_new_head(config.model, labels)  # not in quiet: a download shows its progress
             watch = _Epochs(config, families.with_sites(model), tokenizer, Path(work) / "best")
             print(f"{_line(config)}: {len(rows)} rows, {config.epochs} epoch{'s' * (config.epochs > 1)}")
-            _train(config, model, tokenizer, rows, watch)
-            tokenizer.save_pretrained(watch.folder)
-            shutil.rmtree(_folder(config), ignore_errors=True)
-            watch.folder.rename(_folder(config))
+            with hub.quiet():
+                _train(config, model, tokenizer, rows, watch)
+            _move_in(watch.folder, _folder(config), tokenizer)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write into {runs}: {getattr(error, 'strerror', None) or error}") from error
-    environment |= {"commit": model.config.commit}
-    result = {"scores": watch.scores, "best": _best(watch.scores)}
-    return Finetuned(config, store().write("finetune", differing(config), result, environment))
+    return watch.scores, model.config.commit
+
+
+def _remove_abandoned(runs: Path, start: str) -> None:
+    """Remove the work folders that begin like this and whose process, the next part of the name, is gone."""
+    for folder in runs.glob(f"{start}*"):
+        try:
+            os.kill(int(folder.name.removeprefix(start).partition(".")[0]), 0)  # sends nothing
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, PermissionError):
+            pass  # another machine's or another user's
+
+
+def _move_in(new: Path, folder: Path, tokenizer) -> None:
+    """The new folder, completed, in the place of the run's old one, which goes with the work folder."""
+    try:
+        tokenizer.save_pretrained(new)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise OSError(str(error)) from error
+    with suppress(FileNotFoundError):
+        folder.rename(new.parent / "old")
+    try:
+        new.rename(folder)
+    except OSError:
+        if not (folder / "model.safetensors").is_file():  # else another process has finished the same run meanwhile
+            raise
 
 
 def _line(config: FinetuneConfig) -> str:
@@ -271,7 +316,7 @@ def with_new_head(name: str, labels: int):
     """
     pretrained = hub.model(name)
     settings = deepcopy(pretrained.config)
-    settings.num_labels = labels
+    settings.num_labels, settings.problem_type = labels, None  # the labels decide on the loss, not the checkpoint
     try:
         model = AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
     except ValueError as error:
@@ -282,12 +327,22 @@ def with_new_head(name: str, labels: int):
     return model.to(params.device())
 
 
+class _OneDevice(TrainingArguments):
+    """Settings with which a trainer splits no batch over the GPUs that it sees."""
+
+    @property
+    def n_gpu(self) -> int:
+        """0 or 1."""
+        return min(1, super().n_gpu)
+
+
 def _train(config: FinetuneConfig, model, tokenizer, rows: list[dict], watch: "_Epochs") -> None:
     cpu = params.device().type == "cpu"
-    settings = TrainingArguments(
+    settings = _OneDevice(
         output_dir=str(watch.folder.parent),
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=-(-config.batch // max(1, torch.cuda.device_count())),
+        per_device_train_batch_size=config.batch,
+        average_tokens_across_devices=False,  # true multiplies the loss by the number of devices
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         lr_scheduler_type="linear",
@@ -307,7 +362,11 @@ def _train(config: FinetuneConfig, model, tokenizer, rows: list[dict], watch: "_
 
 
 def _best(scores: list[dict[str, float]]) -> int:
-    """The first of the epochs with the highest score on the first split."""
+    """The first of the epochs with the highest score on the first split.
+
+    A diverged epoch is never preferred to a finite one: its score is the lowest that the metric has (or all epochs'
+    where the split has one class alone), and it comes later.
+    """
     first = [next(iter(one.values())) for one in scores]
     return first.index(max(first))
 

@@ -3,6 +3,7 @@
     TASKS                        GLUE and `docstrings` by name: columns, classes, metric, splits
     read_task(task)              the same for a name or a folder
     examples(task, split, rows)  texts and labels
+    sha256(task, rows)           what tells whether they are the same as before
     METRICS                      accuracy, Matthews' and Pearson's correlation
 
 GLUE comes from the Hub as parquet. Its test splits have no labels and are not used. `docstrings` is made of the
@@ -10,6 +11,7 @@ standard library and on every machine; a folder is for data of one's own.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -87,35 +89,51 @@ def read_task(task: str) -> Task:
     """What a task is: an entry of `TASKS`, or read from the training data of a folder.
 
     Raises:
-        UserError: neither a known name nor a folder, or a folder without usable training data.
+        UserError: neither a known name nor a folder, or a folder without usable training data of two labels or more.
     """
     if task in TASKS:
         return TASKS[task]
-    if not task or not Path(task).expanduser().is_dir():
+    if not find_folder(task):
         known = f"known: {', '.join(TASKS)}, or the path of a folder"
         raise UserError(f"unknown task {task!r}{params.suggest(task, TASKS)}; {known}")
     keys, classes = _columns(task), _classes(task)
     return Task(keys, len(classes)) if classes else Task(keys, 1, "pearson")
 
 
+def find_folder(task: str) -> Path | None:
+    """The folder that a task is, as an absolute path; None for a name of `TASKS`, and where there is no folder."""
+    if not task or task in TASKS:
+        return None
+    try:
+        path = Path(task).expanduser().resolve()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, ~ of a stranger, a null byte
+        return None
+
+
 def examples(task: str, split: str, rows: int = 0) -> tuple[list[tuple[str, ...]], list[float | int]]:
     """Texts and labels of a split.
 
-    Rows without a label (-1 or empty) are left out. `docstrings` has 500 rows for validation and up to 2,400 for
-    training, from other files of the standard library; no sentence and no code is in both.
+    Rows without a label (an empty one, in GLUE also -1) are left out. `docstrings` has 500 rows for validation and up
+    to 2,400 for training, from other files of the standard library; no sentence and no code is in both.
 
     Args:
         task: a name of `TASKS`, or a folder that holds `train` and `validation` as .parquet, .tsv (unquoted, like
-            GLUE's own files) or .csv, with the columns of one of GLUE's tasks and `label`. Its labels are sorted
-            and numbered; decimals mean regression.
+            GLUE's own files) or .csv, with `label` and the text columns of one of GLUE's tasks, the same in both
+            splits. The training data's labels are sorted and numbered, and those of the other split are found
+            among them, by value or else as text; decimals in the training data mean regression.
         split: `train`, or one of the task's `splits`.
-        rows: at most so many, always the same ones: chosen at random, of `docstrings` the first; 0 takes all.
+        rows: at most so many; 0 takes all. They are chosen at random, always the same ones. Of `docstrings` they
+            are the pairs of the first functions in a fixed order. A false pair has the code of the eighth function
+            before its own, and in training those of the first eight functions that of the last eight taken, so that
+            the code of these eight pairs depends on the number.
 
     Returns:
         A tuple of one or two texts for each row, and its label: a class from 0, or a number in regression.
 
     Raises:
-        UserError: an unknown task or split, a missing file or column, fewer than two rows; what `hub.text` refuses.
+        UserError: an unknown task or split; a missing file, column or text; a label that the training data lack, or
+            that is no number in regression; fewer than two rows; what `hub.text` refuses.
     """
     described = read_task(task)
     known = ("train", *described.splits)
@@ -123,45 +141,76 @@ def examples(task: str, split: str, rows: int = 0) -> tuple[list[tuple[str, ...]
         near = params.suggest(split, known)
         raise UserError(f"task {task} has no split {split!r}{near}; known: {', '.join(known)}")
     params.require(rows >= 0, f"rows must be at least 0, got {rows}")
-    if task == "docstrings":
-        texts, labels = _docstrings(split, rows)
-    else:
-        table, columns = _table(task, split), _columns(task, split)
-        labels = table["label"].to_pylist()
-        chosen = [index for index, label in enumerate(labels) if label not in (-1, None, "")]
-        if 0 < rows < len(chosen):
-            chosen = [chosen[i] for i in sorted(np.random.default_rng(0).permutation(len(chosen))[:rows])]
-        texts = list(zip(*(table[column].take(chosen).to_pylist() for column in columns), strict=True))
-        labels = _numbered(task, split, [labels[i] for i in chosen])
+    texts, labels = _docstrings(split, rows) if task == "docstrings" else _rows(task, split, rows)
     few = f"split {split} has {len(texts)} labelled rows, two or more are needed"
     params.require(len(texts) >= 2, f"task {task}: {few}")
     return [tuple(str(text) for text in row) for row in texts], labels
 
 
+def sha256(task: str, rows: int = 0) -> str:
+    """Of all texts and labels that a run reads: those of `examples` for the training data and for every split."""
+    found = hashlib.sha256()
+    for split in ("train", *read_task(task).splits):
+        found.update(repr(examples(task, split, rows)).encode())
+    return found.hexdigest()
+
+
+def _rows(task: str, split: str, rows: int) -> tuple[list, list]:
+    """Texts and labels of the rows of a table that have a label."""
+    from pyarrow import array, int64
+
+    columns, table = _columns(task, split), _table(task, split)
+    labels = table["label"].to_pylist()
+    empty = (-1, None, "") if task in TASKS else (None, "")
+    chosen = [index for index, label in enumerate(labels) if label not in empty]
+    if 0 < rows < len(chosen):
+        chosen = [chosen[i] for i in sorted(np.random.default_rng(0).permutation(len(chosen))[:rows])]
+    places = array(chosen, int64())
+    texts = list(zip(*(table[column].take(places).to_pylist() for column in columns), strict=True))
+    if bare := [index for index, row in zip(chosen, texts, strict=True) if None in row]:
+        raise UserError(f"task {task}: row {bare[0] + 1} of split {split} has a label and no text")
+    return texts, _numbered(task, split, [labels[i] for i in chosen])
+
+
 def _numbered(task: str, split: str, labels: list) -> list:
     """Labels as numbers: as they are (GLUE, regression), or the places of a folder's classes."""
-    classes = () if task in TASKS else _classes(task)
-    if unknown := sorted({str(label) for label in labels if classes and label not in classes}):
+    if task in TASKS:
+        return labels
+    if not (classes := _classes(task)):
+        if wrong := [label for label in labels if not isinstance(label, (int, float)) or not math.isfinite(label)]:
+            need = "the training data have decimals, and regression needs numbers"
+            raise UserError(f"task {task}: split {split} has the label {wrong[0]!r}; {need}")
+        return labels
+    places = {known: place for place, label in enumerate(classes) for known in (label, str(label))}
+    found = [places.get(label, places.get(str(label))) for label in labels]
+    if unknown := sorted({str(label) for label, place in zip(labels, found, strict=True) if place is None}):
         raise UserError(f"task {task}: split {split} has the label {unknown[0]!r}, which the training data lack")
-    return [classes.index(label) for label in labels] if classes else labels
+    return found
 
 
 def _classes(task: str) -> tuple:
     """The sorted labels of a folder's training data; none for regression."""
     _columns(task)
-    labels = set(_table(task, "train")["label"].to_pylist()) - {-1, None, ""}
+    labels = set(_table(task, "train")["label"].to_pylist()) - {None, ""}
+    if len(labels) < 2:
+        only = f"the label {labels.pop()!r} alone" if labels else "no label"
+        raise UserError(f"task {task}: the training data have {only}; two or more are needed")
     return () if any(isinstance(label, float) for label in labels) else tuple(sorted(labels))
 
 
 def _columns(task: str, split: str = "train") -> tuple[str, ...]:
-    """The text columns of a split: the task's, or those of the task of GLUE that the folder's columns are like."""
+    """The text columns of a split: the task's, or those of the task of GLUE that the folder's data are like."""
     there = _table(task, split).column_names
     known = [TASKS[task].keys] if task in TASKS else sorted({one.keys for one in TASKS.values()}, key=len)[::-1]
+    if task not in TASKS and split != "train":
+        known = [_columns(task)]
     found = [keys for keys in known if {*keys, "label"} <= set(there)]
     if not found:
         choices = " or ".join(" and ".join(keys) for keys in known)
         has = f"it has {', '.join(there)}"
         raise UserError(f"task {task}: split {split} needs the columns label and {choices}; {has}")
+    if twice := [column for column in (*found[0], "label") if there.count(column) > 1]:
+        raise UserError(f"task {task}: split {split} has the column {twice[0]} more than once")
     return found[0]
 
 
@@ -170,7 +219,7 @@ def _table(task: str, split: str):
     if task in TASKS:
         path = hub.text(GLUE, task, split)
     else:
-        paths = [Path(task).expanduser() / f"{split}{ending}" for ending in _ENDINGS]
+        paths = [find_folder(task) / f"{split}{ending}" for ending in _ENDINGS]
         path = next((path for path in paths if path.is_file()), None)
         names = " or ".join(path.name for path in paths)
         params.require(path is not None, f"task {task}: the folder has no {names}")
