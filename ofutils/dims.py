@@ -181,8 +181,8 @@ def ablated(model: nn.Module, dims: Iterable[int], where: str | Iterable[str] = 
         UserError: what is no dimension, one out of range, or no such norm.
 
     Source: puccetti2022. The authors have two functions. One touches the blocks alone (fine-tuned models, MLM loss by
-    layer), as here. The other (attention maps, token diversity, parts of speech) also hits the norm of BERT's MLM
-    head, 52 parameters for two dimensions; that is `where=("norm2", "head.norm")` here.
+    layer), as here. The other (attention maps, token diversity, parts of speech) also hits the norm of an MLM head
+    where BERT has one (the last two), 52 parameters for two dimensions: `where=("norm2", "head.norm")` here.
     """
     try:
         dims = [operator.index(dim) for dim in dims]

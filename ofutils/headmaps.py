@@ -93,7 +93,7 @@ def _draw(axes, found: HeadMap, names: list[str], title: str) -> None:
     level = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
     images = [(found.probs, level), (found.values, signed), (found.product, signed)]
     images += [] if found.gate is None else [(found.gate[:, None], level), (found.gated, signed)]
-    titles = [title, "values", "probabilities x values", "gate", "behind the gate"]
+    titles = [title, "values", "probabilities x values", "gate", "   gated"]
     for ax in axes[len(images) :]:
         ax.set_axis_off()
     for ax, (image, colours), name in zip(axes, images, titles, strict=False):
@@ -143,8 +143,8 @@ def gates(model: Transformer, batches: Iterable[Batch]) -> list[Tensor]:
 def unread(model: nn.Module, dimensions: Iterable[int], by: str = "k"):
     """The maps to queries (`q`), keys (`k`) or values (`v`) do not read these dimensions, in every block.
 
-    The columns of their matrices are zero for as long as the context is open. The hidden states themselves, and
-    so all LayerNorms, stay as they are: what `dims.ablated` does to attention by rescaling is left out.
+    The columns of their matrices are zero for as long as the context is open. No hidden state is edited, they
+    change through attention alone: what `dims.ablated` does by rescaling in the next LayerNorm is left out.
 
     Args:
         model: a `Transformer`, or `families.with_sites` of a BERT or RoBERTa.
@@ -276,8 +276,8 @@ def outlier_panels(blocks: list[sinks.OutlierCounts], lengths: list[int], groups
 
     Returns:
         Panels by name: outliers per occurrence of the ten tokens that have most outliers, per token at each
-        position (where a fiftieth of the rows reach), and in all of the six dimensions that have most; and the
-        group of each of these tokens.
+        position (where a fiftieth of the rows reach), and in all of the six dimensions that have most, and more
+        than a hundredth; and the group of each of these tokens.
     """
     by_token, seen = (sum(getattr(one, name) for one in blocks) for name in ("by_token", "tokens"))
     order = [token for token in by_token.topk(min(10, len(by_token))).indices.tolist() if by_token[token]]
@@ -285,8 +285,9 @@ def outlier_panels(blocks: list[sinks.OutlierCounts], lengths: list[int], groups
     there = pd.Series({place: sum(length > place for length in lengths) for place in by_position.index})
     by_position = (by_position / there)[there > len(lengths) / 50]  # of fewer rows it says nothing
     rate = pd.Series((by_token / seen.clamp(min=1))[order].numpy(), tokenizer.convert_ids_to_tokens(order))
-    counts = pd.Series(sum(one.by_dimension for one in blocks).numpy()).nlargest(6)
+    counts = pd.Series(sum(one.by_dimension for one in blocks).numpy())
+    counts = counts[counts > counts.sum() / 100].nlargest(6)
     rate = rate.sort_values(ascending=False)
     panels = {"by token": (rate, "outliers per occurrence")}
-    panels |= {"by position": (by_position, "outliers per token"), "by dimension": (counts[counts > 0], "outliers")}
+    panels |= {"by position": (by_position, "outliers per token"), "by dimension": (counts, "outliers")}
     return panels, [sinks.GROUPS[groups[token]] for token in tokenizer.convert_tokens_to_ids(list(rate.index))]

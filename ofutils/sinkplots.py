@@ -34,7 +34,7 @@ def heads(mean: pd.DataFrame, base: dict[str, float], names: dict[str, str], tit
         ax.set_title(f"attention at {names[group]}")
     bar = axs[2].collections[0].colorbar
     bar.set_ticks([-4, -2, 0, 2, 4], labels=["1/16", "1/4", "1", "4", "16"])
-    bar.set_label("times its share of the tokens")
+    bar.ax.set_title("times its\nshare of\ntokens", fontsize=7)
     sns.heatmap(mean["evenness"].unstack(), ax=axs[3], vmin=0, vmax=1, cmap="rocket", linewidths=0.5)
     axs[3].set_title("column entropy / log n")
     for ax in axs:
