@@ -50,9 +50,9 @@ def of_puccetti(rules):
             False,
         )
         random = controls[controls["size"] == size].groupby("draw")["special"].quantile(0.05)
-        matched = special[f"next largest {size}"]
+        matched = special[f"largest unnamed {size}"]
         rows = zip(random, matched, special[rule], special["none"], strict=True)
-        lost = [(min(by_chance, next_largest) - without) / full for by_chance, next_largest, without, full in rows]
+        lost = [(min(by_chance, unnamed) - without) / full for by_chance, unnamed, without, full in rows]
         found[f"puccetti2022-pattern-{short}"] = (lost, rules["pattern_loss"], False)
     return found
 
