@@ -88,7 +88,7 @@ def test_diversity_is_counted_from_the_sorted_counts(committed, rules):
     assert tokens.set_index(["said by", "draw"])["distinct types"].to_dict() == types.to_dict()
     words = drawn.groupby(["said by", "draw"])["count"].sum().unstack("said by")
     assert (words.nunique(axis=1) == 1).all()  # every variant names as many tokens as the text has
-    for title in ("outliers off", "and in the head", "random ones off"):
+    for title in ("outliers off", "off in the head too", "random ones off"):
         claim = f"{MODEL}: distinct tokens that the full model names, divided by those with {title} (norm2):"
         ratios = (types["full model"] / types[title]).to_list()
         check(committed.loc[claim], ratios, rules["diversity_factor"], ratio=True)
