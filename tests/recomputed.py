@@ -1,20 +1,9 @@
-"""What the tests of claims share: a notebook's rules, and a verdict computed without the package."""
+"""A verdict computed without the package, for the tests of claims."""
 
-import ast
-import json
 import math
-from pathlib import Path
 from statistics import mean, stdev
 
-ROOT = Path(__file__).parents[1]
 T_95_OF_3 = 0.9 / math.sqrt(2 * 0.95 * 0.05)  # Student's 95% quantile with two degrees of freedom, in closed form
-
-
-def rules_of(notebook: str) -> dict:
-    """Name -> value of the parameters cell."""
-    cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
-    source = "".join(next(cell["source"] for cell in cells if cell["metadata"].get("tags") == ["parameters"]))
-    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}
 
 
 def judged(values, margin: float, of_logs: bool) -> str:

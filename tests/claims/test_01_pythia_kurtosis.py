@@ -8,20 +8,10 @@ from statistics import mean
 import pandas as pd
 import pytest
 
-from tests.recomputed import judged, rules_of
+from tests.recomputed import judged
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures" / "01_pythia_kurtosis"
-
-
-@pytest.fixture(scope="module")
-def committed():
-    return pd.read_csv(FIGURES / "verdicts.csv", keep_default_na=False).set_index("id")
-
-
-@pytest.fixture(scope="module")
-def rules():
-    return rules_of("01_pythia_kurtosis")
 
 
 def ends(name, column):

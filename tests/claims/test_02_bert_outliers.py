@@ -7,20 +7,10 @@ from statistics import mean, median
 import pandas as pd
 import pytest
 
-from tests.recomputed import judged, rules_of
+from tests.recomputed import judged
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures" / "02_bert_outliers"
-
-
-@pytest.fixture(scope="module")
-def committed():
-    return pd.read_csv(FIGURES / "verdicts.csv", keep_default_na=False).set_index("id")
-
-
-@pytest.fixture(scope="module")
-def rules():
-    return rules_of("02_bert_outliers")
 
 
 def read(name):

@@ -8,26 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.recomputed import rules_of
+from tests.recomputed import T_95_OF_3
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures" / "03_quant"
-T_95 = 0.9 / math.sqrt(2 * 0.95 * 0.05)  # Student's 95% quantile with two degrees of freedom, in closed form
 
 
 @pytest.fixture(scope="module")
 def runs():
     return pd.read_csv(FIGURES / "gain_and_cost.csv")
-
-
-@pytest.fixture(scope="module")
-def committed():
-    return pd.read_csv(FIGURES / "verdicts.csv", keep_default_na=False).set_index("claim")
-
-
-@pytest.fixture(scope="module")
-def rules():
-    return rules_of("03_quant")
 
 
 def ranks(values):
@@ -45,7 +34,7 @@ def judged(values, margin, ratio):
     """Mean, 90% interval and verdict of three values."""
     values = np.log(values) if ratio else np.asarray(values)
     assert len(values) == 3
-    reach = T_95 * values.std(ddof=1) / math.sqrt(3)
+    reach = T_95_OF_3 * values.std(ddof=1) / math.sqrt(3)
     low, middle, high = ((np.exp if ratio else float)(values.mean() + sign * reach) for sign in (-1, 0, 1))
     if low > margin:
         return low, middle, high, "holds"
@@ -106,11 +95,11 @@ def expected(runs, rules):
     return found
 
 
-def test_every_verdict_follows_from_the_points_of_the_figure(runs, committed, rules):
+def test_every_verdict_follows_from_the_points_of_the_figure(runs, stated, rules):
     again = expected(runs, rules)
-    assert set(again) == set(committed.index)
+    assert set(again) == set(stated.index)
     for claim, (values, margin, ratio, why) in again.items():
-        row = committed.loc[claim]
+        row = stated.loc[claim]
         assert [float(value) for value in row["values"].split()] == pytest.approx(list(values), rel=1e-3, abs=1e-4)
         *interval, verdict = judged(values, margin, ratio)
         assert list(row[["low", "ours", "high"]]) == pytest.approx(interval, rel=2e-3, abs=1e-3), claim
@@ -118,7 +107,7 @@ def test_every_verdict_follows_from_the_points_of_the_figure(runs, committed, ru
         assert row["margin"] == margin and row["ratio"] == ratio and row["n"] == len(values)
 
 
-def test_each_paper_claim_is_about_what_its_id_says(committed):
+def test_each_paper_claim_is_about_what_its_id_says(stated):
     methods = {"clipped": "clipped softmax", "gated": "gated attention", "op": "OP"}
     methods |= {"soap": "vanilla + SOAP", "op-soap": "OP + SOAP"}
     texts = {
@@ -127,7 +116,7 @@ def test_each_paper_claim_is_about_what_its_id_says(committed):
         "w8a8": "share of vanilla's W8A8 cost that {} saves:",
         "fp": "{} lowers the full-precision loss (nats) by",
     }
-    claims = {row.id: claim for claim, row in committed.iterrows() if row.id}
+    claims = {row.id: claim for claim, row in stated.iterrows() if row.id}
     assert claims.pop("bondarenko2023-ffn-output").startswith("share of the W8A8 damage to ")
     ranked = claims.pop("he2024-kurtosis-ranks-w8a8")
     assert ranked == "over methods, the rank correlation of neuron kurtosis and W8A8 cost is"

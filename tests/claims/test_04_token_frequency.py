@@ -5,21 +5,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.recomputed import judged, rules_of
+from tests.recomputed import judged
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures" / "04_token_frequency"
 MODEL = "all-MiniLM-L6-v2"
-
-
-@pytest.fixture(scope="module")
-def committed():
-    return pd.read_csv(FIGURES / "verdicts.csv", keep_default_na=False).set_index("claim")
-
-
-@pytest.fixture(scope="module")
-def rules():
-    return rules_of("04_token_frequency")
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +41,15 @@ def test_every_outlier_stands_out_in_the_block_where_it_is_judged(scored, rules)
     ("measure", "level"),
     [("raw", "token"), ("log", "token"), ("spearman", "token"), ("raw", "position"), ("log", "position")],
 )
-def test_the_outliers_against_the_other_dimensions(committed, rules, scored, lines, measure, level):
+def test_the_outliers_against_the_other_dimensions(stated, rules, scored, lines, measure, level):
     dims = scored.drop_duplicates("dimension").set_index("dimension")["block"]
     values = []
     for draw in range(3):
         at = lines.loc[draw, measure, "counts", level]
         values.append(sum(at[str(dim), block] - at["p95", block] for dim, block in dims.items()) / len(dims))
     claim = f"{MODEL}: r of the outliers ({measure}, {level}, norm2) above the others' 95th percentile by"
-    check(committed.loc[claim], values, rules["percentile_margin"], ratio=False)
-    assert (committed.loc[claim, "id"] != "") == ((measure, level) == ("raw", "token"))
+    check(stated.loc[claim], values, rules["percentile_margin"], ratio=False)
+    assert (stated.loc[claim, "id"] != "") == ((measure, level) == ("raw", "token"))
 
 
 def test_the_ranks_agree_with_the_percentiles(scored, lines):
@@ -72,17 +62,17 @@ def test_the_ranks_agree_with_the_percentiles(scored, lines):
 
 
 @pytest.mark.parametrize("measure", ["raw", "log", "spearman"])
-def test_the_mapping_mistake(committed, rules, scored, lines, measure):
+def test_the_mapping_mistake(stated, rules, scored, lines, measure):
     dims = scored.drop_duplicates("dimension").set_index("dimension")["block"]
     values = []
     for draw in range(3):
         own, mistaken = (lines.loc[draw, measure, table, "token"] for table in ("counts", "authors' mapping"))
         values.append(sum(own[str(dim), b] - mistaken[str(dim), b] for dim, b in dims.items()) / len(dims))
     claim = f"{MODEL}: the mapping mistake lowers r of the outliers ({measure}, norm2) by"
-    check(committed.loc[claim], values, rules["mapping_margin"], ratio=False)
+    check(stated.loc[claim], values, rules["mapping_margin"], ratio=False)
 
 
-def test_diversity_is_counted_from_the_sorted_counts(committed, rules):
+def test_diversity_is_counted_from_the_sorted_counts(stated, rules):
     drawn, tokens = (pd.read_csv(FIGURES / f"{name}.csv") for name in ("diversity", "tokens"))
     types = drawn.groupby(["said by", "draw"]).size()
     assert tokens.set_index(["said by", "draw"])["distinct types"].to_dict() == types.to_dict()
@@ -91,20 +81,20 @@ def test_diversity_is_counted_from_the_sorted_counts(committed, rules):
     for title in ("outliers off", "off in the head too", "random ones off"):
         claim = f"{MODEL}: distinct tokens that the full model names, divided by those with {title} (norm2):"
         ratios = (types["full model"] / types[title]).to_list()
-        check(committed.loc[claim], ratios, rules["diversity_factor"], ratio=True)
-        assert (committed.loc[claim, "id"] == "puccetti2022-diversity") == (title == "outliers off")
+        check(stated.loc[claim], ratios, rules["diversity_factor"], ratio=True)
+        assert (stated.loc[claim, "id"] == "puccetti2022-diversity") == (title == "outliers off")
 
 
-def test_one_text_against_another(committed, rules):
+def test_one_text_against_another(stated, rules):
     peaks = pd.read_csv(FIGURES / "texts.csv").groupby(["text", "seed"])["kurtosis - 1"].max()
     start = "peak of kurtosis - 1 (residual stream) over training: "
-    ratios = committed[[claim.startswith(start) for claim in committed.index]]
+    ratios = stated[[claim.startswith(start) for claim in stated.index]]
     assert len(ratios) == 4
     for claim, row in ratios.iterrows():
         one, other = claim.removeprefix(start).split(" divided by ")
         check(row, (peaks[one] / peaks[other]).to_list(), rules["factor"], ratio=True)
 
 
-def test_the_claim_about_causes_is_of_split_and_flattened_text(committed):
-    (claim,) = committed.index[committed["id"] == "puccetti2022-frequency-drives"]
+def test_the_claim_about_causes_is_of_split_and_flattened_text(stated):
+    (claim,) = stated.index[stated["id"] == "puccetti2022-frequency-drives"]
     assert claim.endswith("evenly split divided by flattened")

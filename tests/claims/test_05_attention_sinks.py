@@ -8,7 +8,7 @@ from statistics import mean
 import pandas as pd
 import pytest
 
-from tests.recomputed import judged, rules_of
+from tests.recomputed import judged
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures" / "05_attention_sinks"
@@ -17,17 +17,6 @@ RULES = {"weights": "by weight", "activation": "by activation"}
 
 def read(name):
     return pd.read_csv(FIGURES / f"{name}.csv")
-
-
-@pytest.fixture(scope="module")
-def committed():
-    table = pd.read_csv(FIGURES / "verdicts.csv", keep_default_na=False)
-    return table[table["id"] != ""].set_index("id")
-
-
-@pytest.fixture(scope="module")
-def rules():
-    return rules_of("05_attention_sinks")
 
 
 def per_draw(table, column):
