@@ -1,4 +1,4 @@
-"""Shared by the unit tests: the vectors, a small corpus, and small configurations."""
+"""Shared by the unit tests: the vectors, a small corpus, a run of a second."""
 
 import json
 from pathlib import Path
@@ -8,22 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from ofutils.train import TrainConfig
-from ofutils.transformer import TransformerConfig
+from tests.configurations import SMALL
 
 DATA = Path(__file__).parents[1] / "data"
-SMALL = TransformerConfig(vocab=300, layers=2, width=16, heads=2, context=16)
-METHODS = {
-    "vanilla": {},
-    "clipped": {"alpha": 2.0},
-    "linear gate": {"gate": "linear", "pi_init": 0.25},
-    "mlp gate": {"gate": "mlp"},
-    "all heads gate": {"gate": "all_heads"},
-    "OP layernorm": {"norm": "none", "qk_norm": "layernorm", "residual_gain": 0.2, "final_norm": False},
-    "OP rmsnorm": {"norm": "none", "qk_norm": "rmsnorm", "residual_gain": 0.2, "final_norm": False},
-    "post": {"norm_position": "post"},
-    "narrow": {"embed_width": 8},
-    "dropout": {"dropout": 0.1},
-}
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@ import pytest
 import torch
 import transformers
 
-from conftest import SMALL
 from ofutils import UserError, dims, probes
 from ofutils.families import from_hf, with_sites
 from ofutils.transformer import Transformer
+from tests.configurations import SMALL
 
 BERT = {
     "vocab_size": 60,

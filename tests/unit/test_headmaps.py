@@ -9,25 +9,15 @@ from matplotlib.figure import Figure
 
 from ofutils import UserError, dims, families, headmaps, hub, probes, sinkplots, sinks
 from ofutils.transformer import Transformer, TransformerConfig
+from tests.configurations import ENCODER
 
-BERT = TransformerConfig(
-    vocab=40,
-    layers=3,
-    width=16,
-    heads=4,
-    context=16,
-    causal=False,
-    norm_position="post",
-    embed_norm=True,
-    head="none",
-)
 GATED = TransformerConfig(vocab=40, layers=2, width=16, heads=2, context=8, gate="linear")
 
 
 # --- maps
 
 
-@pytest.mark.parametrize("config", [BERT, GATED], ids=["plain", "gated"])
+@pytest.mark.parametrize("config", [ENCODER, GATED], ids=["plain", "gated"])
 def test_a_map_is_what_the_head_does(config):
     model, ids = Transformer(config).eval(), torch.randint(0, 40, (2, 6))
     found = headmaps.head_map(model, ids, 1, 1)
@@ -37,11 +27,11 @@ def test_a_map_is_what_the_head_does(config):
     torch.testing.assert_close(found.product, found.probs @ found.values)
     behind = found.product if found.gate is None else found.gated
     torch.testing.assert_close(behind, kept["blocks.1.gated"][0].unflatten(-1, (config.heads, -1))[:, 1])
-    assert (found.gate is None) == (config is BERT)
+    assert (found.gate is None) == (config is ENCODER)
 
 
 def test_no_such_block_or_head():
-    model, ids = Transformer(BERT).eval(), torch.randint(0, 40, (1, 6))
+    model, ids = Transformer(ENCODER).eval(), torch.randint(0, 40, (1, 6))
     with pytest.raises(UserError, match="no block 3"):
         headmaps.head_map(model, ids, 3, 0)
     with pytest.raises(UserError, match="heads 0 to 3"):
@@ -50,7 +40,9 @@ def test_no_such_block_or_head():
 
 def test_a_gallery_has_a_row_for_each_head_and_a_point_for_each_token():
     ids = torch.randint(0, 40, (1, 5))
-    picks = [(str(c.gate), headmaps.head_map(Transformer(c).eval(), ids, 0, 0), list("abcde")) for c in (BERT, GATED)]
+    picks = [
+        (str(c.gate), headmaps.head_map(Transformer(c).eval(), ids, 0, 0), list("abcde")) for c in (ENCODER, GATED)
+    ]
     fig, points = headmaps.gallery(picks, "two heads")
     assert isinstance(fig, Figure) and len(points) == 10 and fig.get_suptitle() == "two heads"
     assert points["gate"].isna().tolist() == [True] * 5 + [False] * 5
@@ -80,7 +72,7 @@ def test_gates_leave_padding_out_and_need_gates():
     batch = {"input_ids": torch.randint(0, 40, (2, 4)), "attention_mask": mask}
     assert headmaps.gates(Transformer(config).eval(), [batch])[0].shape == (5, 2)
     with pytest.raises(UserError, match="no gates"):
-        headmaps.gates(Transformer(BERT), [])
+        headmaps.gates(Transformer(ENCODER), [])
 
 
 # --- heads that do not read a dimension
@@ -88,7 +80,7 @@ def test_gates_leave_padding_out_and_need_gates():
 
 @pytest.mark.parametrize("letter", ["q", "k", "v"])
 def test_blind_maps_read_as_if_the_dimension_were_zero(letter):
-    model, ids = Transformer(BERT).eval(), torch.randint(0, 40, (2, 6))
+    model, ids = Transformer(ENCODER).eval(), torch.randint(0, 40, (2, 6))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with headmaps.unread(model, [3, 5], letter), probes.capture(model, ["resid_pre", "q", "k", "v"]) as kept:
         probes.run(model, ids)
@@ -111,7 +103,7 @@ def test_a_hugging_face_model_is_blinded_like_ours():
 
 
 def test_only_dimensions_and_maps_that_there_are():
-    model = Transformer(BERT).eval()
+    model = Transformer(ENCODER).eval()
     with pytest.raises(UserError, match="dimension 16 is out of range"), headmaps.unread(model, [16]):
         pass
     with pytest.raises(UserError, match="q, k or v"), headmaps.unread(model, [1], "context"):
@@ -122,7 +114,7 @@ def test_only_dimensions_and_maps_that_there_are():
 
 
 def test_special_without_is_the_survey_of_the_ablated_model_behind_the_first_block():
-    model, ids = Transformer(BERT).eval(), torch.randint(0, 40, (4, 8))
+    model, ids = Transformer(ENCODER).eval(), torch.randint(0, 40, (4, 8))
     groups = torch.arange(40).clamp(max=3)
     with dims.ablated(model, [3]):
         after = sinks.survey(model, [ids], groups)
@@ -132,7 +124,7 @@ def test_special_without_is_the_survey_of_the_ablated_model_behind_the_first_blo
 
 
 def test_a_model_of_one_block_has_none_behind_the_first():
-    model = Transformer(dataclasses.replace(BERT, layers=1)).eval()
+    model = Transformer(dataclasses.replace(ENCODER, layers=1)).eval()
     with pytest.raises(UserError, match="the model has one block"):
         headmaps.special_without(model, [], [torch.randint(0, 40, (2, 4))], torch.arange(40).clamp(max=3))
 
@@ -170,7 +162,7 @@ def test_language_heads_have_gates_where_there_are_any():
     pi = headmaps.gates(model, ids)
     assert [(row["block"], row["head"]) for row in rows] == [(b, h) for b in range(2) for h in range(2)]
     assert rows[2]["pi"] == pytest.approx(float(pi[1][:, 0].mean())) and rows[2]["passed"] < rows[2]["output"]
-    plain = headmaps.language_heads(Transformer(BERT).eval(), ids)
+    plain = headmaps.language_heads(Transformer(ENCODER).eval(), ids)
     assert all(row["pi"] != row["pi"] and row["passed"] == row["output"] for row in plain)
 
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import METHODS, SMALL
 from ofutils import UserError, optim
 from ofutils.optim import SOAP
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
+from tests.configurations import METHODS, SMALL
 
 
 def test_soap_equals_the_reference(vectors):

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from conftest import METHODS, SMALL
 from ofutils import UserError, quant
 from ofutils.families import bert_state, opt_state
 from ofutils.probes import capture
 from ofutils.quant import QuantSettings, calibrate, fake_quantize, quantized
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
+from tests.configurations import METHODS, SMALL
 
 
 def test_quantizers_equal_the_authors_to_the_bit(vectors):

@@ -10,18 +10,8 @@ import transformers
 from ofutils import UserError, attention, dims, families, hub, probes, sinks
 from ofutils.streaming import Statistics
 from ofutils.transformer import Transformer, TransformerConfig
+from tests.configurations import ENCODER
 
-BERT = TransformerConfig(
-    vocab=40,
-    layers=2,
-    width=16,
-    heads=4,
-    context=16,
-    causal=False,
-    norm_position="post",
-    embed_norm=True,
-    head="none",
-)
 NUMBERS = ("shares", "values", *sinks.NUMBERS)
 
 
@@ -341,7 +331,7 @@ def test_a_causal_model_and_plain_ids():
 
 
 def test_a_sink_that_hangs_on_one_dimension_goes_with_it():
-    model = Transformer(BERT).eval()
+    model = Transformer(ENCODER).eval()
     with torch.no_grad():
         for block in model.blocks:
             block.norm2.weight.fill_(0.1)
@@ -360,16 +350,16 @@ def test_a_sink_that_hangs_on_one_dimension_goes_with_it():
 
 
 def test_a_table_has_a_row_for_every_head():
-    found = sinks.survey(Transformer(BERT).eval(), [torch.randint(0, 40, (2, 8))], torch.full((40,), 3))
+    found = sinks.survey(Transformer(ENCODER).eval(), [torch.randint(0, 40, (2, 8))], torch.full((40,), 3))
     rows = sinks.table(found)
-    assert [(row["block"], row["head"]) for row in rows] == [(b, h) for b in range(2) for h in range(4)]
+    assert [(row["block"], row["head"]) for row in rows] == [(b, h) for b in range(3) for h in range(4)]
     assert rows[5]["evenness"] == float(found[1].evenness[1]) and rows[5]["other"] == pytest.approx(1)
 
 
 def test_correlations_have_a_row_for_every_dimension():
-    found = sinks.survey(Transformer(BERT).eval(), [torch.randint(0, 40, (4, 8))], torch.full((40,), 3))
+    found = sinks.survey(Transformer(ENCODER).eval(), [torch.randint(0, 40, (4, 8))], torch.full((40,), 3))
     rows = sinks.correlations(found, "output")
-    assert [(row["block"], row["dimension"]) for row in rows] == [(b, d) for b in range(2) for d in range(16)]
+    assert [(row["block"], row["dimension"]) for row in rows] == [(b, d) for b in range(3) for d in range(16)]
     r = found[1].correlation("output")[:, 5]
     assert rows[21]["r"] == pytest.approx(float(r.mean())) and rows[21]["low"] <= rows[21]["r"] <= rows[21]["high"]
     assert rows[21]["hidden"] == "output" and rows[21]["high"] == pytest.approx(float(r.max()))
@@ -384,7 +374,7 @@ def test_a_survey_of_attention_alone_is_the_same(bert):
 
 
 def test_nothing_to_survey_is_an_error():
-    model = Transformer(BERT).eval()
+    model = Transformer(ENCODER).eval()
     for batches in ([], [torch.zeros(2, 1, dtype=torch.long)]):
         with pytest.raises(UserError, match="no row of two tokens"):
             sinks.survey(model, batches, torch.zeros(40, dtype=torch.long))
@@ -403,7 +393,7 @@ def test_a_model_without_values_as_a_site_says_so():
 
 
 def test_outliers_are_those_of_the_streaming_statistics():
-    model = Transformer(BERT).eval()
+    model = Transformer(ENCODER).eval()
     with torch.no_grad():
         model.blocks[1].mlp_out.bias[3] = 40
         model.token_embedding.weight[7] *= 30

@@ -13,10 +13,10 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from conftest import METHODS, SMALL
 from ofutils import UserError, params, resume, train
 from ofutils.train import TrainConfig
 from ofutils.transformer import Transformer
+from tests.configurations import METHODS, SMALL
 
 
 def quiet(config, **more):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import METHODS, SMALL
 from ofutils import UserError
 from ofutils.attention import Gate, QKNorm, clipped_softmax
 from ofutils.probes import capture, edit, measure, resolve
 from ofutils.transformer import Block, Transformer, TransformerConfig, clm_loss, rotated
+from tests.configurations import METHODS, SMALL
 
 FORMS = METHODS | {
     "BERT": {

@@ -1,0 +1,28 @@
+"""Small configurations that several test files build."""
+
+from ofutils.transformer import TransformerConfig
+
+SMALL = TransformerConfig(vocab=300, layers=2, width=16, heads=2, context=16)
+ENCODER = TransformerConfig(  # like BERT, without a head
+    vocab=40,
+    layers=3,
+    width=16,
+    heads=4,
+    context=16,
+    causal=False,
+    norm_position="post",
+    embed_norm=True,
+    head="none",
+)
+METHODS = {
+    "vanilla": {},
+    "clipped": {"alpha": 2.0},
+    "linear gate": {"gate": "linear", "pi_init": 0.25},
+    "mlp gate": {"gate": "mlp"},
+    "all heads gate": {"gate": "all_heads"},
+    "OP layernorm": {"norm": "none", "qk_norm": "layernorm", "residual_gain": 0.2, "final_norm": False},
+    "OP rmsnorm": {"norm": "none", "qk_norm": "rmsnorm", "residual_gain": 0.2, "final_norm": False},
+    "post": {"norm_position": "post"},
+    "narrow": {"embed_width": 8},
+    "dropout": {"dropout": 0.1},
+}
