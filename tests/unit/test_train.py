@@ -42,6 +42,7 @@ def stop_at(step):
 @pytest.mark.parametrize("optimizer", ["adamw", "soap"])
 @pytest.mark.parametrize("method", ["vanilla", "OP layernorm", "mlp gate", "dropout"])
 def test_a_broken_run_resumes_to_the_bit(out, config, monkeypatch, method, optimizer):
+    """To the bit between runs on one machine with one number of threads; two machines differ in their last bits."""
     model = dataclasses.replace(SMALL, **METHODS[method])
     config = dataclasses.replace(config, model=model, optimizer=optimizer)
     straight = quiet(config)

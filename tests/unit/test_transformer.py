@@ -30,7 +30,8 @@ FORMS = METHODS | {
 
 
 def build(method="vanilla", **more):
-    return Transformer(dataclasses.replace(SMALL, **FORMS[method], **more)).eval()
+    """In float64, so that equal means equal to 1e-12 on every machine."""
+    return Transformer(dataclasses.replace(SMALL, **FORMS[method], **more)).double().eval()
 
 
 def ids(batch=3, length=16):
@@ -204,8 +205,8 @@ def test_padding_changes_no_token(method, side):
         with capture(model, "probs") as seen:
             watched = model(rows, mask)
     assert padded.isfinite().all()
-    torch.testing.assert_close(padded[mask.bool()].view_as(plain), plain, rtol=0, atol=2e-6)
-    torch.testing.assert_close(watched, padded, rtol=0, atol=2e-6)
+    torch.testing.assert_close(padded[mask.bool()].view_as(plain), plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(watched, padded, rtol=0, atol=1e-12)
     for probs in seen.values():
         real = mask.bool()
         assert probs.masked_select(real[:, None, :, None] & ~real[:, None, None]).abs().max() == 0
@@ -215,7 +216,7 @@ def test_a_mask_without_padding_changes_nothing_and_one_of_another_shape_is_an_e
     for method in ("vanilla", "BERT", "GPT-NeoX"):
         model = build(method)
         with torch.no_grad():
-            torch.testing.assert_close(model(ids(), torch.ones(3, 16)), model(ids()), rtol=0, atol=2e-6)
+            torch.testing.assert_close(model(ids(), torch.ones(3, 16)), model(ids()), rtol=0, atol=1e-12)
         with pytest.raises(UserError, match="attention_mask must have the shape of input_ids, .3, 16."):
             model(ids(), torch.ones(3, 15))
 
@@ -240,7 +241,7 @@ def test_rotary_scores_depend_on_the_distance_alone_and_what_does_not_turn_passe
     scores = rotated(q, 6, 100.0) @ rotated(k, 6, 100.0).transpose(-1, -2)
     for distance in range(-11, 12):
         diagonal = scores[0, 0].diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-12)
     assert scores[0, 0, 0].std() > 0.01
     turned = rotated(q, 6, 100.0)
     assert torch.equal(turned[..., 6:], q[..., 6:]) and torch.equal(turned[:, :, 0], q[:, :, 0])
@@ -306,7 +307,7 @@ def test_watching_every_site_changes_nothing_and_each_site_fires(method):
         plain = model(ids())
         with capture(model, "*") as seen:
             watched = model(ids())
-    torch.testing.assert_close(watched, plain, rtol=0, atol=2e-6)  # fused against explicit attention
+    torch.testing.assert_close(watched, plain, rtol=0, atol=1e-12)  # fused against explicit attention
     assert set(seen) == set(model.sites())
 
 
@@ -321,7 +322,7 @@ def test_sites_hold_what_their_names_say():
     torch.testing.assert_close(seen["embed_sum"], seen["embed_tokens"] + seen["embed_positions"])
     assert seen[b + "mlp_act"].min() == 0
     assert seen[b + "scores"].isfinite().all()  # before the mask
-    torch.testing.assert_close(seen[b + "probs"].sum(-1), torch.ones(3, 2, 16))
+    torch.testing.assert_close(seen[b + "probs"].sum(-1), torch.ones(3, 2, 16).double())
     torch.testing.assert_close(seen["logits"], logits)
 
 
