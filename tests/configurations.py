@@ -1,6 +1,8 @@
-"""Small configurations that several test files build."""
+"""Small configurations and texts that several test files use, the same in every Python."""
 
 from ofutils.transformer import TransformerConfig
+
+_WORDS = "return the first of two open files that were not read before it is closed".split()
 
 SMALL = TransformerConfig(vocab=300, layers=2, width=16, heads=2, context=16)
 ENCODER = TransformerConfig(  # like BERT, without a head
@@ -26,3 +28,9 @@ METHODS = {
     "narrow": {"embed_width": 8},
     "dropout": {"dropout": 0.1},
 }
+
+
+def sentences(count):
+    """So many different sentences."""
+    rows = [" ".join(_WORDS[place * step % len(_WORDS)] for step in range(3, 12)) for place in range(1, count + 1)]
+    return [f"{row} {place}." for place, row in enumerate(rows)]

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from ofutils import UserError, damage, data, heads, hub, metrics, probes
+from ofutils import UserError, damage, heads, hub, metrics, probes
 from ofutils.families import from_hf
 from ofutils.transformer import Transformer, TransformerConfig
+from tests.configurations import sentences
 
 FORM = {"causal": False, "norm_position": "post", "embed_norm": True, "activation": "gelu", "skip_padding": False}
 
@@ -14,11 +15,11 @@ def prepared():
     with torch.no_grad():
         for block in encoder.blocks:
             block.norm2.weight[5] = block.norm2.bias[5] = 0  # a dimension that is off already
-            block.norm2.bias[9] = 30.0  # one on which everything hangs
-    sentences = data.docstrings(data.load_corpus(), 60, each=32)
-    train = damage.masked(tokenizer, damage.batches(tokenizer, sentences[20:]), seed=100)
+            block.norm2.weight[9], block.norm2.bias[9] = 8.0, 30.0  # one on which everything hangs
+    texts = sentences(60)
+    train = damage.masked(tokenizer, damage.batches(tokenizer, texts[20:]), seed=100)
     head = heads.train_mlm_head(encoder, train, steps=4)
-    return encoder, tokenizer, sentences, damage.prepare(encoder, tokenizer, sentences[:20], head)
+    return encoder, tokenizer, texts, damage.prepare(encoder, tokenizer, texts[:20], head)
 
 
 def test_untouched_loses_nothing_and_neither_does_a_dimension_that_is_off_already(prepared):
@@ -29,11 +30,11 @@ def test_untouched_loses_nothing_and_neither_does_a_dimension_that_is_off_alread
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), before, strict=True))
 
 
-def test_a_dimension_on_which_everything_hangs_costs_more_and_in_one_block_less(prepared):
+def test_a_dimension_on_which_everything_hangs_costs_more_also_in_one_block_alone(prepared):
     encoder, _, _, tests = prepared
     everywhere, usual = damage.damage(encoder, tests, [9]), damage.damage(encoder, tests, [12])
     first = damage.damage(encoder, tests, [9], "blocks.0.norm2")
-    assert everywhere["similarity"] > max(usual["similarity"], first["similarity"]) > 0
+    assert min(everywhere["similarity"], first["similarity"]) > 10 * usual["similarity"] > 0
     assert everywhere["MLM"] != first["MLM"] != 0
 
 
@@ -50,8 +51,8 @@ def test_damage_is_what_the_parts_say(prepared):
 
 
 def test_a_table_holds_every_set_on_every_draw(prepared):
-    encoder, tokenizer, sentences, tests = prepared
-    other = damage.prepare(encoder, tokenizer, sentences[:10], tests.head)
+    encoder, tokenizer, texts, tests = prepared
+    other = damage.prepare(encoder, tokenizer, texts[:10], tests.head)
     rows = damage.table(encoder, [tests, other], {"nine": [9], "none": []}, "blocks.0.norm2")
     found = [(row["switched off"], row["draw"]) for row in rows]
     assert sorted(found) == [("nine", 0), ("nine", 1), ("none", 0), ("none", 1)]
@@ -68,15 +69,15 @@ def test_dimensions_at_random_are_others_and_always_the_same():
 
 
 def test_sentences_keep_their_number_in_little_padding_and_masks_follow_the_seed(prepared):
-    encoder, tokenizer, sentences, tests = prepared
+    encoder, tokenizer, texts, tests = prepared
     assert sum(len(batch["input_ids"]) for batch in tests.batches) == len(tests.whole) == 20
-    lengths = [batch["input_ids"].shape[1] for batch in damage.batches(tokenizer, sentences)]
+    lengths = [batch["input_ids"].shape[1] for batch in damage.batches(tokenizer, texts)]
     assert lengths == sorted(lengths)
-    again, other = (damage.prepare(encoder, tokenizer, sentences[:20], tests.head, seed) for seed in (0, 7))
+    again, other = (damage.prepare(encoder, tokenizer, texts[:20], tests.head, seed) for seed in (0, 7))
     same = [torch.equal(a[1], b[1]) for a, b in zip(tests.masked, again.masked, strict=True)]
     assert all(same) and not all(torch.equal(a[1], b[1]) for a, b in zip(tests.masked, other.masked, strict=True))
     with pytest.raises(UserError, match="three sentences or more to test on, got 2"):
-        damage.prepare(encoder, tokenizer, sentences[:2], tests.head)
+        damage.prepare(encoder, tokenizer, texts[:2], tests.head)
 
 
 def straight_through(width: int, constant: float) -> Transformer:

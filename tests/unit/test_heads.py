@@ -5,6 +5,7 @@ from torch.nn import functional as F
 from ofutils import UserError, data, dims, heads, hub, probes
 from ofutils.families import from_hf
 from ofutils.transformer import Transformer, TransformerConfig
+from tests.configurations import sentences
 
 FORM = {"causal": False, "norm_position": "post", "embed_norm": True, "activation": "gelu", "skip_padding": False}
 
@@ -12,8 +13,7 @@ FORM = {"causal": False, "norm_position": "post", "embed_norm": True, "activatio
 @pytest.fixture(scope="module")
 def stand_in():
     tokenizer, encoder = hub.tokenizer(hub.STAND_IN), from_hf(hub.model(hub.STAND_IN))
-    sentences = data.docstrings(data.load_corpus(), 64)
-    batches = data.sentence_batches(tokenizer, sentences)
+    batches = data.sentence_batches(tokenizer, sentences(64))
     return tokenizer, encoder, batches
 
 

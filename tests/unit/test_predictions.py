@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ofutils import UserError, data, dims, families, frequency, heads, hub, predictions
 from ofutils.transformer import Transformer, TransformerConfig
+from tests.configurations import sentences
 
 SENTENCES = ["the cat sat on the mat", "a dog", "it is what it is, no less"]
 
@@ -50,7 +51,7 @@ def test_a_model_that_copies_predicts_what_it_sees_and_padding_is_left_out(stand
 
 def test_a_trained_head_repeats_what_it_sees_and_leaves_the_encoder_alone(stand_in):
     tokenizer, encoder, _, _ = stand_in
-    batches = data.sentence_batches(tokenizer, data.docstrings(data.load_corpus(), 48))
+    batches = data.sentence_batches(tokenizer, sentences(48))
     kept = frequency.kinds(tokenizer)["no specials"]
     before = [parameter.clone() for parameter in encoder.parameters()]
     whole, again = (predictions.with_trained_head(encoder, tokenizer, batches[:2], kept, 300, 1) for _ in range(2))
