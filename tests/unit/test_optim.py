@@ -82,9 +82,60 @@ def test_the_vocabulary_is_not_rotated():
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    sides = {n: {k for k in optimizer.state[p] if "basis" in k} for n, p in model.named_parameters() if p.ndim == 2}
-    assert sides.pop("token_embedding.weight") == {"basis_right"}
-    assert set(map(len, sides.values())) == {2}
+    rotated = {
+        tuple(state["exp_avg"].shape): {k for k in state if "basis" in k} for state in optimizer.state.values()
+    }
+    assert rotated.pop((1, *model.token_embedding.weight.shape)) == {"basis_right"}
+    vectors = [shape for shape in rotated if len(shape) == 1]
+    assert len(vectors) == 1 and rotated.pop(vectors[0]) == set()
+    assert set(map(len, rotated.values())) == {2}
+    square = (
+        4 * SMALL.layers + 1,
+        SMALL.width,
+        SMALL.width,
+    )  # q, k, v, attn_out of all blocks; positions, as wide here
+    assert square in rotated
+
+
+def test_stacks_give_what_each_parameter_gives_alone():
+    shapes = [(6, 4), (6, 4), (4, 6), (5,), (6, 4), (3,)]
+    starts = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    grads = [[torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(23)]
+    ends = []
+    for alone in (False, True):
+        weights = [nn.Parameter(start.clone()) for start in starts]
+        optimizer = SOAP([{"params": [weight]} for weight in weights] if alone else weights, lr=0.1)
+        for step in grads:
+            for weight, grad in zip(weights, step, strict=True):
+                weight.grad = grad.clone()
+            optimizer.step()
+        ends.append(weights)
+    assert len(optimizer.state) == len(shapes)
+    for together, one in zip(*ends, strict=True):
+        torch.testing.assert_close(together, one, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3,)])
+def test_soap_refuses_gradients_that_come_and_go_before_anything_moves(shape):
+    weights = [nn.Parameter(torch.randn(5, 5))] + [nn.Parameter(torch.randn(shape)) for _ in range(4)]
+    optimizer = SOAP(weights)
+
+    def step(with_gradient):
+        for index, weight in enumerate(weights):
+            weight.grad = torch.randn_like(weight) if index in with_gradient else None
+        optimizer.step()
+
+    step({0, 2, 3})
+    step({0, 2, 3})
+    before = [weight.detach().clone() for weight in weights]
+    for changed in ({0, 1, 2, 3}, {0, 2}, {0, 1, 2}, {0, 2, 4}, {0}, {2, 3}):
+        with pytest.raises(UserError, match="has a gradient that had none before, or lost its own"):
+            step(changed)
+        assert all(torch.equal(weight, one) for weight, one in zip(weights, before, strict=True))
+    step({0, 2, 3})
+    assert [torch.equal(weight, one) for weight, one in zip(weights, before, strict=True)] == [
+        False, True, False, False, True,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -122,7 +173,7 @@ def test_soap_leaves_the_vocabulary_side_of_an_untied_head_alone():
     optimizer = optim.make("soap", model, 1e-3, (0.9, 0.95), 1e-8, 0.1)
     clm_loss(model(ids := torch.randint(0, 90, (2, 8))), ids).backward()
     optimizer.step()
-    for table in (model.token_embedding.weight, model.head.weight):
-        shapes = {tuple(entry.shape) for entry in optimizer.state[table].values()}
-        assert (16, 16) in shapes and (90, 90) not in shapes
+    tables = optimizer.state[model.token_embedding.weight]  # both, in one stack
+    assert tables["exp_avg"].shape == (2, 90, 16) and tables["basis_right"].shape == (2, 16, 16)
+    assert "basis_left" not in tables and model.head.weight not in optimizer.state
     assert len({id(p) for group in optimizer.param_groups for p in group["params"]}) == len(list(model.parameters()))
