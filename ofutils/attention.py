@@ -2,13 +2,37 @@
 
 import math
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-GATES = ("none", "linear", "mlp", "all_heads")
-QK_NORMS = ("none", "layernorm", "rmsnorm")
+from ofutils import params
+
+
+@params.settings
+class AttentionConfig:
+    """What is done to attention; by default nothing.
+
+    Clipped softmax: set `gamma`, or `alpha` for gamma = -alpha / context. OP block: `qk_norm`.
+    """
+
+    gamma: Annotated[float, "at most 0"] = 0.0  # clipped softmax; 0 with zeta 1 is the plain one
+    alpha: params.NotNegative = 0.0  # clipped softmax, by gamma = -alpha / context
+    zeta: Annotated[float, "at least 1"] = 1.0  # clipped softmax
+    gate: Literal["none", "linear", "mlp", "all_heads"] = "none"
+    gate_hidden: params.Count = 4  # width of the hidden layer of the mlp gate
+    pi_init: Annotated[float, "above 0", "below 1"] = 0.5  # the gate's value at a zero input
+    qk_norm: Literal["none", "layernorm", "rmsnorm"] = "none"
+
+    def __post_init__(self):
+        params.require(not (self.alpha and self.gamma), "set gamma or alpha, not both")
+
+    @property
+    def clips(self) -> bool:
+        """Whether the softmax is clipped."""
+        return self.alpha > 0 or self.gamma < 0 or self.zeta > 1
 
 
 def clipped_softmax(scores: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
@@ -29,6 +53,8 @@ def clipped_softmax(scores: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
     Source: bondarenko2023, Eq 4.
     """
     probs = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if gamma == 0 and zeta == 1:
+        return probs.to(scores.dtype)
     return ((zeta - gamma) * probs + gamma).clamp(0, 1).to(scores.dtype)
 
 

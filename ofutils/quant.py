@@ -1,193 +1,29 @@
-"""Simulated post-training quantization: quantizers, range estimators, calibration, and the context.
+"""Simulated post-training quantization of models: calibration, the context, and tables of many settings.
 
-Uniform; symmetric weights, one range per tensor, and asymmetric activations: one static range per tensor as
-in the papers (bondarenko2023, section 5, and he2024, Table 2), or, to see where the damage comes from, one
-per channel or per token. Values stay floating point: what is simulated is the rounding. The head, the biases
-and the gates stay in full precision, as in the authors' runs (`fp32_head`).
+Grids are uniform: symmetric for weights, with one range per tensor, and asymmetric for activations: one static
+range per tensor as in the papers (bondarenko2023, section 5, and he2024, Table 2), or, to see where the damage comes
+from, one per channel or per token. The grids and ranges are those of `quantizers`. The head, the biases and the gates
+stay in full precision, as in the authors' runs (`fp32_head`).
+
+    table(model, settings, batches, score)     many settings of one model: calibrate, round and score each
+    calibrate(model, batches, settings)        the range of every quantized tensor
+    quantized(model, settings, ranges)         the model rounded, for as long as the context is open
 """
 
-from collections.abc import Iterable
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager, suppress
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ofutils import UserError, params
+from ofutils import UserError, params, quantizers
 from ofutils.attention import QKNorm
-from ofutils.probes import Batch, hooked, run
+from ofutils.probes import Batch, evaluating, hooked, run
+from ofutils.quantizers import Ends, RunningRange, make_grid, minmax_range, mse_range
 from ofutils.transformer import Transformer
 
-SCHEMES = ("symmetric", "asymmetric")
-ESTIMATORS = ("minmax", "mse")
-GRANULARITIES = ("tensor", "channel", "token")
-Ends = tuple[Tensor, Tensor]  # (low, high) of a range: 0-d, or one per channel or token
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Integers [low, high], with x ~ scale (integer - zero_point)."""
-
-    scale: Tensor
-    zero_point: Tensor
-    low: int
-    high: int
-
-    def round(self, x: Tensor) -> Tensor:
-        """x rounded (half to even) and clipped to the grid, as floating point of the same dtype."""
-        integers = torch.round(x.to(self.scale.dtype) / self.scale) + self.zero_point
-        integers = integers.clamp(self.low, self.high)
-        return (self.scale * (integers - self.zero_point)).to(x.dtype)
-
-
-def make_grid(low, high, bits: int, scheme: str, like: Tensor | None = None) -> Grid:
-    """The grid that covers a range.
-
-    The range is widened to hold zero. Asymmetric: scale = (high - low) / (2^b - 1) and a rounded zero
-    point. Symmetric: zero point 0; a range with negative values takes [-2^(b-1), 2^(b-1) - 1] with
-    scale = max(-low, high) / (2^(b-1) - 1), one without takes [0, 2^b - 1], unsigned.
-
-    Args:
-        low, high: numbers or tensors, in x's units: 0-d, or (asymmetric only) of a shape that broadcasts with x.
-        bits: 2 to 16.
-        scheme: `symmetric` or `asymmetric`.
-        like: a tensor whose device and dtype the grid takes, float32 at least and otherwise.
-
-    Source: bondarenko2023, Eq 1, with the released code's handling of edge cases.
-    """
-    if scheme not in SCHEMES:
-        raise UserError(f"unknown scheme {scheme!r}{params.suggest(scheme, SCHEMES)}; known: {', '.join(SCHEMES)}")
-    if not 2 <= bits <= 16:
-        raise UserError(f"bits must lie between 2 and 16, got {bits}")
-    options = {"dtype": torch.float32}
-    if like is not None:
-        options = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
-    low = torch.as_tensor(low, **options).clamp(max=0.0)
-    high = torch.as_tensor(high, **options).clamp(min=1e-8)
-    if scheme == "asymmetric":
-        top = 2**bits - 1
-        step = (high - low) / top
-        zero_point = torch.clamp(torch.round(-low / step), 0, top)
-        return Grid(step.clamp(min=1e-8), zero_point, 0, top)
-    zero_point = torch.zeros_like(low)
-    if low < 0:
-        top = 2 ** (bits - 1) - 1
-        return Grid((torch.maximum(-low, high) / top).clamp(min=1e-8), zero_point, -top - 1, top)
-    top = 2**bits - 1
-    return Grid((high / top).clamp(min=1e-8), zero_point, 0, top)
-
-
-# ---------------------------------------------------------------------------------------------------
-# range estimators: each returns (low, high)
-
-
-def minmax_range(x: Tensor, granularity: str = "tensor") -> Ends:
-    """The smallest and the largest entry, in the dtype of x.
-
-    Args:
-        granularity: of all of x (0-d), of each `channel`, an entry of the last axis (D,), or of each `token`
-            (..., 1).
-    """
-    if granularity == "token":
-        return torch.aminmax(x.detach(), dim=-1, keepdim=True)
-    low, high = (
-        torch.aminmax(x.detach()) if granularity == "tensor" else torch.aminmax(x.detach().flatten(0, -2), dim=0)
-    )
-    return low, high
-
-
-def percentile_range(x: Tensor, percentile: float) -> Ends:
-    """The (100 - p)-th and p-th percentile, interpolated linearly in float64; p in (50, 100]."""
-    ends = np.percentile(x.detach().float().cpu().numpy(), (100 - percentile, percentile))
-    low, high = torch.from_numpy(ends.astype(np.float64))
-    return low, high
-
-
-def mse_range(x: Tensor, bits: int, scheme: str, margin: float = 0.5) -> Ends:
-    """The range, out of a grid of candidates, whose quantization has the least squared error.
-
-    Symmetric: 100 thresholds c up to max|x| + margin, as [-c, c], or [0, c] without negative entries.
-    Asymmetric: both ends on their own, 30 fractions each of [min - margin, max + margin].
-
-    Args:
-        margin: widens the search, in units of x. The authors' code has 0.5, which makes the grid coarse
-            for small weights (16% excess error at 8 bits for a standard deviation of 0.006); 0 is the
-            corrected grid.
-
-    Source: bondarenko2023, Appendix C.4, as its released code searches; the asymmetric search is ours.
-    """
-    lowest, highest = map(float, minmax_range(x))
-    if scheme == "symmetric":
-        reach = max(-lowest, highest) + margin
-        tops = [k * reach / 100 for k in range(1, 101)]
-        candidates = [(-top if lowest < 0 else 0.0, top) for top in tops]
-    else:
-        parts = [k / 30 for k in range(1, 31)]
-        lows = [part * (lowest - margin) for part in parts] if lowest < 0 else [0.0]
-        highs = [part * (highest + margin) for part in parts] if highest > 0 else [0.0]
-        candidates = [(low, high) for low in lows for high in highs]
-
-    def error(ends: tuple[float, float]) -> float:
-        return float((make_grid(*ends, bits, scheme, x).round(x) - x).double().square().sum())
-
-    low, high = torch.tensor(min(candidates, key=error), dtype=torch.float64)
-    return low, high
-
-
-@dataclass
-class RunningRange:
-    """A range that follows its batches: the first sets it, later ones move it by 1 - momentum.
-
-    With `percentile` below 100 the ends are percentiles instead of the extremes; with granularity `channel`
-    every channel has its own. No bias correction: of 16 batches at momentum 0.9 the first weighs 0.9^15 = 0.21.
-
-    Source: bondarenko2023, section 5 (running min-max of activations), as its released code does it.
-    """
-
-    momentum: float = 0.9
-    percentile: float = 100.0
-    granularity: str = "tensor"
-    ends: Ends | None = None
-
-    def update(self, x: Tensor) -> Ends:
-        """Take in one batch; returns the range so far."""
-        whole = self.percentile == 100
-        new = minmax_range(x, self.granularity) if whole else percentile_range(x, self.percentile)
-        if self.ends is not None:
-            pairs = zip(new, self.ends, strict=True)
-            new = tuple((1 - self.momentum) * now + self.momentum * before for now, before in pairs)
-        self.ends = new
-        return new
-
-
-def fake_quantize(
-    x: Tensor, bits: int = 8, scheme: str = "symmetric", estimator: str = "minmax", margin: float = 0.5
-) -> Tensor:
-    """x rounded to a b-bit grid over its own range, per tensor; x itself is left alone.
-
-    Args:
-        x: any shape, floating point.
-        bits: 2 to 16.
-        scheme: `symmetric` (weights) or `asymmetric` (activations).
-        estimator: `minmax` or `mse`; `margin` belongs to `mse`.
-
-    Returns:
-        A tensor of the same shape and dtype with at most 2^bits values.
-
-    Source: bondarenko2023, Eq 1.
-    """
-    if estimator not in ESTIMATORS:
-        near = params.suggest(estimator, ESTIMATORS)
-        raise UserError(f"unknown estimator {estimator!r}{near}; known: {', '.join(ESTIMATORS)}")
-    low, high = minmax_range(x) if estimator == "minmax" else mse_range(x, bits, scheme, margin)
-    return make_grid(low, high, bits, scheme, x).round(x)
-
-
-# ---------------------------------------------------------------------------------------------------
-# models
-
-
+Calibration = Literal["quantized", "float"]
 _NORMS = ("embed_norm", "norm1", "norm2", "norm_final", "q_norm", "k_norm")
 _ACTIVATIONS = frozenset(
     {"project_in", "embed_typed", "embed_sum", "q", "k", "v", "scores", "probs", "context", "gated", "attn_out"}
@@ -196,39 +32,26 @@ _ACTIVATIONS = frozenset(
 _NO_CHANNELS = ("scores", "probs")  # their last axis is keys: per channel means per tensor there
 
 
-@dataclass(frozen=True)
+@params.settings
 class QuantSettings:
     """How a model is quantized. The defaults are the paper's OPT setting, without percentiles."""
 
-    weight_bits: int = 8
-    activation_bits: int = 8
-    weights: str = "mse"  # range estimator of weights: minmax | mse
-    margin: float = 0.5  # of the mse grid; 0 is the corrected grid
-    momentum: float = 0.9  # of the running ranges of activations
-    percentile: float = 100.0  # of activations; 100 is min-max
-    batches: int = 16  # calibration batches
-    # of activations: tensor | channel (both static; of q_norm and k_norm the K channels that heads share) | token
-    granularity: str = "tensor"
+    weight_bits: quantizers.Bits = 8
+    activation_bits: quantizers.Bits = 8
+    weights: quantizers.Estimator = "mse"  # range estimator of weights
+    margin: params.NotNegative = 0.5  # of the mse grid; 0 is the corrected grid
+    momentum: params.Fraction = 0.9  # of the running ranges of activations
+    percentile: Annotated[float, "above 50", "at most 100"] = 100.0  # of activations; 100 is min-max
+    batches: params.Count = 16  # calibration batches that a recipe draws; `calibrate` takes all that it is given
+    # of activations: static but per token; of q_norm and k_norm `channel` means the K channels that heads share
+    granularity: Literal["tensor", "channel", "token"] = "tensor"
     skip: tuple[str, ...] = ()  # activations left in full precision, such as the residual sums resid_mid, resid_post
 
     def __post_init__(self):
-        if self.granularity not in GRANULARITIES:
-            near = params.suggest(self.granularity, GRANULARITIES)
-            raise UserError(f"unknown granularity {self.granularity!r}{near}; known: {', '.join(GRANULARITIES)}")
         params.require(self.granularity == "tensor" or self.percentile == 100, "percentiles are per tensor only")
         object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
         for kind in self.skip:
-            if kind not in (known := sorted(_ACTIVATIONS | set(_NORMS))):
-                raise UserError(
-                    f"skip: no activation {kind!r}{params.suggest(kind, known)}; known: {', '.join(known)}"
-                )
-        if self.weights not in ESTIMATORS:
-            raise UserError(f"unknown weights {self.weights!r}; known: {', '.join(ESTIMATORS)}")
-        for bits in (self.weight_bits, self.activation_bits):
-            params.require(2 <= bits <= 16, f"bits must lie between 2 and 16, got {bits}")
-        params.require(self.margin >= 0, f"margin must be at least 0, got {self.margin}")
-        if not 50 < self.percentile <= 100 or not 0 <= self.momentum < 1 or self.batches < 1:
-            raise UserError(f"bad percentile {self.percentile}, momentum {self.momentum} or batches {self.batches}")
+            params.require_known("activation to skip", kind, sorted(_ACTIVATIONS | set(_NORMS)))
 
     @property
     def label(self) -> str:
@@ -268,15 +91,11 @@ def _weights(model: Transformer) -> dict[str, nn.Parameter]:
 def _embeddings(model: Transformer) -> dict[str, Tensor]:
     """Site -> the weight that is read there: rounding the one is rounding the other."""
     tables = {
-        "embed_tokens": _scaled(model.token_embedding.weight.data, model.config.embed_scale),
+        "embed_tokens": model.token_embedding.weight.data * model.config.embedding.scale,
         "embed_segments": model.segment_embedding and model.segment_embedding.weight.data,
         "embed_positions": model.position_embedding and model.position_embedding.weight.data,
     }
     return {site: table for site, table in tables.items() if table is not None}
-
-
-def _scaled(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1 else x * factor
 
 
 def _weight_ranges(model: Transformer, settings: QuantSettings) -> Ranges:
@@ -290,15 +109,14 @@ def _weight_ranges(model: Transformer, settings: QuantSettings) -> Ranges:
 def _rounded_weights(model: Transformer, settings: QuantSettings, ranges: Ranges):
     """Weights rounded for as long as the context is open; the originals come back to the bit."""
     originals = {name: weight.data for name, weight in _weights(model).items()}
-    embeddings = {}
-    for site in _embeddings(model):
-        embeddings[site] = lambda x, ends=ranges[site]: make_grid(*ends, settings.weight_bits, "symmetric", x).round(
-            x
-        )
+
+    def grid(name, like):
+        return make_grid(*ranges[name], settings.weight_bits, "symmetric", like).plain()
+
+    embeddings = {site: grid(site, table).round for site, table in _embeddings(model).items()}
     try:
         for name, weight in _weights(model).items():
-            grid = make_grid(*ranges[name], settings.weight_bits, "symmetric", weight.data)
-            weight.data = grid.round(weight.data)
+            weight.data = grid(name, weight.data).round(weight.data)
         with hooked(model, embeddings):
             yield
     finally:
@@ -306,68 +124,158 @@ def _rounded_weights(model: Transformer, settings: QuantSettings, ranges: Ranges
             weight.data = originals[name]
 
 
+def _running(model: Transformer, settings: QuantSettings) -> dict[str, RunningRange]:
+    """One for each rounded activation; none per token, whose ranges are not static."""
+    if settings.granularity == "token":
+        return {}
+    kinds = dict.fromkeys(_activation_sites(model, settings), settings.granularity)
+    kinds |= {site: "tensor" for site in kinds if site.split(".")[-1] in _NO_CHANNELS}
+    return {site: RunningRange(settings.momentum, settings.percentile, kind) for site, kind in kinds.items()}
+
+
+@contextmanager
+def _hooked(model: Transformer, functions: dict[str, Callable[[Tensor, bool], Tensor | None]], others: int):
+    """`hooked` by functions of (x, own): own where no hook but ours can hold the memory of x, which may be reused.
+
+    Args:
+        others: how many hooks of ours are there already.
+    """
+    hooks = [found for module in model.modules() for found in (module._forward_hooks, module._forward_pre_hooks)]
+    ours = len(functions) + others if sum(map(len, hooks)) == others else -1
+
+    def told(function):
+        return lambda x: function(x, sum(map(len, hooks)) == ours)
+
+    with hooked(model, {site: told(function) for site, function in functions.items()}):
+        yield
+
+
+class _Done(Exception):
+    """Everything that was to be seen of a forward pass has been seen."""
+
+
+def _follow(model, batches, running: list[dict[str, RunningRange]], bits: int = 0) -> list[Ranges]:
+    """Take the batches into running ranges by site, and return where these have come to.
+
+    Args:
+        bits: each site is rounded right after its range was updated; 0: nothing is rounded.
+
+    A pass ends when all sites have been computed: the head, which stays in full precision, is left out.
+    """
+    watched: dict[str, list[RunningRange]] = {}
+    for site, one in (item for ranges in running for item in ranges.items()):
+        watched.setdefault(site, []).append(one)
+    waiting: set[str] = set()
+
+    def watch(site):
+        def function(x, own):
+            for one in watched[site]:
+                ends = one.update(x)
+            waiting.discard(site)
+            if not waiting:
+                raise _Done
+            return make_grid(*ends, bits, "asymmetric", x).round(x, own) if bits else None
+
+        return function
+
+    embeddings = len(_embeddings(model)) if bits else 0  # rounded already
+    with evaluating(model), _hooked(model, {site: watch(site) for site in watched}, embeddings):
+        for batch in batches if watched else ():
+            waiting.update(watched)
+            with suppress(_Done):
+                run(model, batch)
+    seen = all(one.ends is not None for those in watched.values() for one in those)
+    params.require(seen, "nothing to calibrate on: no batches")
+    return [{site: one.ends for site, one in ranges.items()} for ranges in running]
+
+
 @torch.no_grad()
-def calibrate(model: Transformer, batches: Iterable[Batch], settings: QuantSettings) -> Ranges:
+def calibrate(model: Transformer, batches: Iterable[Batch], settings: QuantSettings, weights=None) -> Ranges:
     """The range of every quantized tensor: of weights by their estimator, of activations by running ranges.
 
     Batches run through the network as quantized so far: weights rounded, and every activation rounded
-    with its range right after it was updated, as the authors' code does.
+    with its range right after it was updated, as the authors' code does. A pass ends at the last of these: the head,
+    which stays in full precision, is not computed.
 
     Args:
         batches: from the training split; all of them are used. Padding is calibrated on like the rest.
+        weights: the ranges of weights, if they are known: those of another setting with the same estimator, margin
+            and bits.
 
     Returns:
         Site or weight name -> (low, high); per token, whose ranges are not static, weights alone.
     """
-    ranges = _weight_ranges(model, settings)
-    if settings.granularity == "token":
-        return ranges
-    running = {}
-    for site in _activation_sites(model, settings):
-        granularity = "tensor" if site.split(".")[-1] in _NO_CHANNELS else settings.granularity
-        running[site] = RunningRange(settings.momentum, settings.percentile, granularity)
+    ranges = weights or _weight_ranges(model, settings)
+    with _rounded_weights(model, settings, ranges):
+        (found,) = _follow(model, batches, [_running(model, settings)], settings.activation_bits)
+    return ranges | found
 
-    def follow(site):
-        return lambda x: make_grid(*running[site].update(x), settings.activation_bits, "asymmetric", x).round(x)
 
-    training = model.training
-    model.eval()
-    try:
-        with (
-            _rounded_weights(model, settings, ranges),
-            hooked(model, {site: follow(site) for site in running}),
-        ):
-            for batch in batches:
-                run(model, batch)
-    finally:
-        model.train(training)
-    if any(one.ends is None for one in running.values()):
-        raise UserError("nothing to calibrate on: no batches")
-    return ranges | {site: one.ends for site, one in running.items()}
+@torch.no_grad()
+def table(model: Transformer, settings, batches, score: Callable, calibration: Calibration = "quantized") -> list:
+    """Many settings of one model: what `score` gives while it is rounded by each of them.
+
+    The model is not copied. Ranges of weights are searched once for each estimator and number of bits.
+
+    Args:
+        settings: a sequence of `QuantSettings`.
+        batches: for calibration, see `calibrate`; all of them for every setting.
+        score: called while the model is quantized, e.g. `lambda: measure(model, held_out, loss=clm_loss).loss`.
+        calibration: `quantized`: each setting through the network as quantized so far, as the papers do; `float`:
+            all in one pass through the network in full precision, which costs a pass less for each setting.
+
+    Returns:
+        One score for each of the settings, in their order.
+
+    Raises:
+        UserError: an unknown calibration, and what `calibrate` refuses.
+    """
+    params.coerce("calibration", calibration, Calibration)
+    settings, batches, weights, scores = list(settings), list(batches), {}, []
+    floats = _in_float(model, batches, settings) if calibration == "float" else [None] * len(settings)
+    for one, found in zip(settings, floats, strict=True):
+        searched = (one.weights, one.margin, one.weight_bits) if one.weights == "mse" else one.weights
+        if searched not in weights:
+            weights[searched] = _weight_ranges(model, one)
+        own = weights[searched]
+        ranges = calibrate(model, batches, one, own) if found is None else own | found
+        with quantized(model, one, ranges):
+            scores.append(score())
+    return scores
+
+
+def _in_float(model: Transformer, batches: list[Batch], settings: Sequence[QuantSettings]) -> list[Ranges]:
+    """The ranges of activations for each of the settings, in one pass of the model as it is."""
+    kinds = [(one.momentum, one.percentile, one.granularity, one.skip) for one in settings]
+    running = {kind: _running(model, one) for kind, one in zip(kinds, settings, strict=True)}
+    found = dict(zip(running, _follow(model, batches, list(running.values())), strict=True))
+    return [found[kind] for kind in kinds]
 
 
 @contextmanager
 def quantized(model: Transformer, settings: QuantSettings, ranges: Ranges):
     """The model with weights and activations rounded, for as long as the context is open.
 
-    Afterwards, also after an exception, it is the model it was, to the bit. A site may be watched at the
-    same time: what is watched is the rounded tensor, provided that the watching starts inside.
+    Afterwards, also after an exception, it is the model it was, to the bit. A site may be watched or edited at the
+    same time: what is watched is the rounded tensor, provided that the watching starts inside. Grids are made
+    when the context is opened, on the model's device: a forward pass waits for nothing (and makes none but those of
+    tokens).
 
     Args:
         ranges: from `calibrate` on this model.
     """
-    own = settings.granularity == "token"
-
-    def rounded(site):
-        def function(x):
-            ends = minmax_range(x, "token") if own else ranges[site]
-            return make_grid(*ends, settings.activation_bits, "asymmetric", x).round(x)
-
-        return function
-
+    tokens, bits, like = settings.granularity == "token", settings.activation_bits, next(model.parameters())
     sites = _activation_sites(model, settings)
-    needed = [*_weights(model), *_embeddings(model), *([] if own else sites)]
+    needed = [*_weights(model), *_embeddings(model), *([] if tokens else sites)]
     if missing := [name for name in needed if name not in ranges]:
         raise UserError(f"no range for {missing[0]}: calibrate this model with these settings first")
-    with _rounded_weights(model, settings, ranges), hooked(model, {site: rounded(site) for site in sites}):
+
+    def by_token(x, own):
+        return make_grid(*minmax_range(x, "token"), bits, "asymmetric", x).round(x, own)
+
+    def static(site):
+        return by_token if tokens else make_grid(*ranges[site], bits, "asymmetric", like).plain().round
+
+    rounded, embeddings = {site: static(site) for site in sites}, len(_embeddings(model))
+    with _rounded_weights(model, settings, ranges), _hooked(model, rounded, embeddings):
         yield model

@@ -1,12 +1,18 @@
+import collections
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ofutils import UserError, quant
+from ofutils import UserError, quant, quantizers
 from ofutils.families import bert_state, opt_state
-from ofutils.probes import capture
-from ofutils.quant import QuantSettings, calibrate, fake_quantize, quantized
+from ofutils.probes import capture, edit, hooked
+from ofutils.quant import QuantSettings, calibrate, quantized
+from ofutils.quantizers import fake_quantize
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
-from tests.configurations import METHODS, SMALL
+from tests.configurations import ENCODER, METHODS, SMALL
 
 
 def test_quantizers_equal_the_authors_to_the_bit(vectors):
@@ -19,19 +25,61 @@ def test_quantizers_equal_the_authors_to_the_bit(vectors):
         found = fake_quantize(x, case["bits"], scheme, case["estimator"])
         assert torch.equal(found, tensors[name]), name
         if case["estimator"] == "mse":
-            low, high = quant.mse_range(x, case["bits"], scheme)
+            low, high = quantizers.mse_range(x, case["bits"], scheme)
             assert (float(low), float(high)) == pytest.approx((case["range_min"], case["range_max"]), rel=1e-6)
 
 
 def test_running_ranges_equal_the_authors(vectors):
     tensors, expected = vectors("running_minmax")
     for column, running in (
-        ("minmax", quant.RunningRange()),
-        ("percentile_99_9", quant.RunningRange(percentile=99.9)),
+        ("minmax", quantizers.RunningRange()),
+        ("percentile_99_9", quantizers.RunningRange(percentile=99.9)),
     ):
         for index in range(5):
             ends = [float(end) for end in running.update(tensors[f"batch{index}"])]
             assert ends == expected[f"batch{index}"][column]
+
+
+@pytest.mark.parametrize("percentile", [60.0, 95.0, 99.0, 99.9, 99.99, 99.999])
+def test_percentiles_equal_numpys_to_the_bit(percentile):
+    for size in (1, 2, 3, 255, 600, 5_000, 140_003):
+        x = torch.randn(size) ** 3
+        for values in (x, x.relu(), x.round()):  # with many equal entries too
+            expected = np.percentile(values.numpy(), (100 - percentile, percentile))
+            assert quantizers.percentile_range(values, percentile).tolist() == expected.astype(np.float64).tolist()
+        assert quantizers.percentile_range(torch.cat([x, torch.tensor([torch.nan])]), percentile).isnan().all()
+
+
+def searched(x, bits, margin):
+    """The authors' search: every threshold tried on all of x, the first of the best is taken."""
+    lowest, highest = float(x.min()), float(x.max())
+    best = None
+    for k in range(1, 101):
+        top = k * (max(-lowest, highest) + margin) / 100
+        ends = (-top if lowest < 0 else 0.0, top)
+        error = float((quantizers.make_grid(*ends, bits, "symmetric", x).round(x) - x).double().square().sum())
+        best = min(best or (error, ends), (error, ends), key=lambda found: found[0])
+    return best[1]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 12])
+def test_the_quick_search_of_ranges_finds_what_trying_every_threshold_finds(bits):
+    heavy = torch.randn(3_000)
+    heavy[7] = 40.0
+    several = [torch.randn(5_000) * 0.02, torch.randn(501).abs(), heavy, torch.ones(64), torch.full((33,), 0.37)]
+    for x in [*several, torch.randn(900).double(), torch.rand(2), torch.zeros(5)]:
+        for margin in (0.0, 0.5):
+            assert tuple(quantizers.mse_range(x, bits, "symmetric", margin).tolist()) == searched(x, bits, margin)
+    for half in (torch.randn(900).bfloat16(), torch.randn(10).half()):
+        assert tuple(quantizers.mse_range(half, bits, "symmetric").tolist()) == searched(half.float(), bits, 0.5)
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("estimator", ["minmax", "mse"])
+def test_what_is_not_finite_is_not_hidden(scheme, estimator):
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        found = fake_quantize(torch.tensor([bad, 1.0, -1.0]), 8, scheme, estimator)
+        assert not found.isfinite().all()
 
 
 SETTINGS = {
@@ -107,7 +155,7 @@ def assert_ends_equal(ours, theirs, name):
 def test_quantized_opt_equals_the_authors(vectors, case):
     tensors, cases = vectors("opt_quantized")
     name, kind = case.split("/")
-    gate = {"gate": "linear", "pi_init": 0.25} if name == "ga_lin" else {}
+    gate = {"attention": {"gate": "linear", "pi_init": 0.25}} if name == "ga_lin" else {}
     model = Transformer(TransformerConfig(vocab=97, layers=2, width=32, heads=4, mlp_width=64, context=64, **gate))
     prefix = f"opt.{name}.state."
     state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
@@ -167,10 +215,11 @@ def test_a_quantized_bert_equals_the_authors(vectors, name):
     tensors, cases = vectors("bert_quantized")
     prefix = f"bert.{name}.state."
     state = bert_state({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
-    gate = {"gate": "linear", "pi_init": 0.25} if name == "ga_lin" else {}
-    form = {"causal": False, "activation": "gelu", "norm_eps": 1e-12, "norm_position": "post", "embed_norm": True}
+    gate = {"attention": {"gate": "linear", "pi_init": 0.25}} if name == "ga_lin" else {}
+    form = {"causal": False, "activation": "gelu", "norm_eps": 1e-12, "norm_position": "post"}
+    form |= {"embedding": {"norm": True, "segments": 2, "skip_padding": False}}
     shape = {"vocab": 97, "layers": 2, "width": 32, "heads": 4, "mlp_width": 64, "context": 64}
-    model = Transformer(TransformerConfig(**shape, **form, segments=2, head="mlm", skip_padding=False, **gate))
+    model = Transformer(TransformerConfig(**shape, **form, head="mlm", **gate))
     model.load_state_dict(state)
     model.eval()
     batches = [tensors[f"input_ids.{index}"] for index in range(4)]
@@ -221,7 +270,7 @@ def test_asymmetric_mse_is_as_good_as_brute_force():
     errors = []
     for low in torch.linspace(-4, 0, 81):
         for high in torch.linspace(0.1, 9, 90):
-            errors.append(float((quant.make_grid(low, high, 4, "asymmetric").round(x) - x).square().sum()))
+            errors.append(float((quantizers.make_grid(low, high, 4, "asymmetric").round(x) - x).square().sum()))
     assert found <= 1.03 * min(errors)
     assert found < 0.8 * float((fake_quantize(x, 4, "asymmetric") - x).square().sum())
 
@@ -249,6 +298,130 @@ def test_quantized_changes_the_model_and_restores_it_to_the_bit(method):
         assert torch.equal(model(ids), plain)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+SEVERAL = (
+    QuantSettings(weights="minmax"),
+    QuantSettings(percentile=99.0, margin=0),
+    QuantSettings(weight_bits=4, margin=0),
+    QuantSettings(weight_bits=6, activation_bits=6, granularity="channel"),
+    QuantSettings(activation_bits=4, granularity="token", skip=("resid_post",)),
+)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "post", "linear gate"])
+def test_a_table_equals_its_settings_one_by_one(method):
+    model = Transformer(TransformerConfig(**{**SMALL.__dict__, **METHODS[method]})).eval()
+    held, batches = torch.randint(0, 300, (4, 16)), list(torch.randint(0, 300, (3, 4, 16)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def score():
+        with torch.no_grad():
+            return float(clm_loss(model(held), held))
+
+    expected = []
+    for settings in SEVERAL:
+        with quantized(model, settings, calibrate(model, batches, settings)):
+            expected.append(score())
+    assert quant.table(model, SEVERAL, batches, score) == expected
+    floats = quant.table(model, SEVERAL, batches, score, calibration="float")
+    assert floats[-1] == expected[-1] and floats != expected  # per token there is nothing to calibrate
+    assert floats == pytest.approx(expected, abs=0.5 * (max(expected) - min(expected)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_table_in_float_has_the_ranges_of_the_exact_network():
+    model, batches = Transformer(SMALL).eval(), list(torch.randint(0, 300, (3, 4, 16)))
+    found = quant._in_float(model, batches, SEVERAL)
+    expected = {}
+    for batch in batches:
+        with capture(model, ["resid_post", "probs"]) as kept, torch.no_grad():
+            model(batch)
+        for site, x in kept.items():
+            now = torch.stack([x.min(), x.max()])
+            expected[site] = 0.1 * now + 0.9 * expected[site] if site in expected else now
+    for site, ends in expected.items():
+        torch.testing.assert_close(found[0][site], ends)
+        assert found[1][site][1] < ends[1] and site in found[2]
+
+
+def test_a_table_searches_weights_once_for_each_number_of_bits(monkeypatch):
+    calls, real = [], quant._weight_ranges
+    monkeypatch.setattr(quant, "_weight_ranges", lambda model, one: calls.append(one) or real(model, one))
+    model, eight = Transformer(SMALL).eval(), QuantSettings()
+    settings = [eight, dataclasses.replace(eight, activation_bits=6), dataclasses.replace(eight, weight_bits=4)]
+    settings += [QuantSettings(weights="minmax", weight_bits=bits) for bits in (4, 8)]
+    quant.table(model, settings, [torch.randint(0, 300, (2, 16))], lambda: None)
+    assert [(one.weights, one.weight_bits) for one in calls] == [("mse", 8), ("mse", 4), ("minmax", 4)]
+    with pytest.raises(UserError, match="unknown calibration 'floats' .did you mean 'float'"):
+        quant.table(model, settings, [], lambda: None, "floats")
+
+
+def test_rounding_takes_the_memory_of_no_tensor_that_somebody_else_can_hold():
+    model, batch, settings = Transformer(SMALL).eval(), torch.randint(0, 300, (4, 16)), QuantSettings()
+    ranges = calibrate(model, [batch], settings)
+    saved = torch.randn(4, 16, 16)
+    kept = saved.clone()
+    first = edit(model, "blocks.0.mlp_out", lambda x: saved)
+    with torch.no_grad(), first, edit(model, "blocks.1.mlp_out", lambda x: x.mean(1, keepdim=True).expand_as(x)):
+        calibrate(model, [batch], settings)
+        with quantized(model, settings, ranges):
+            model(batch)
+    assert torch.equal(saved, kept)
+    with torch.no_grad(), quantized(model, settings, ranges):  # watched from the inside: to the bit what is computed
+        alone = model(batch)
+        with capture(model, ["resid_mid", "norm2"]):
+            assert torch.equal(model(batch), alone)
+        assert torch.equal(model(batch), alone)
+    with torch.no_grad(), capture(model, "resid_post") as outside, quantized(model, settings, ranges):
+        model(batch)
+    assert all(len(x.unique()) > 256 for x in outside.values())  # watched from the outside: what goes in
+
+
+def test_a_site_that_is_not_rounded_is_watched_as_it_is():
+    model, batch, settings = (
+        Transformer(ENCODER).eval(),
+        torch.randint(0, 40, (4, 16)),
+        QuantSettings(activation_bits=4),
+    )
+    ranges = calibrate(model, [batch], settings)
+    with torch.no_grad(), quantized(model, settings, ranges), capture(model, ["context", "gated"]) as kept:
+        model(batch)
+    assert len(kept["blocks.0.gated"].unique()) <= 16 < len(kept["blocks.0.context"].unique())
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that are run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen[function.__name__.split(".")[0]] += 1
+        return function(*args, **kwargs or {})
+
+
+def test_a_quantized_forward_makes_no_grid_and_waits_for_nothing():
+    model, batch, settings = Transformer(SMALL).eval(), torch.randint(0, 300, (4, 16)), QuantSettings()
+    ranges = calibrate(model, [batch], settings)
+    sites = [site for site in model.sites() if site in ranges]
+    with torch.no_grad(), hooked(model, {"blocks.0.scores": lambda x: None, "blocks.1.scores": lambda x: None}):
+        with Counted() as plain:
+            model(batch)
+        with quantized(model, settings, ranges), Counted() as rounded:
+            model(batch)
+    added = rounded.seen - plain.seen
+    assert added.pop("div", 0) + added.pop("div_", 0) == len(sites)
+    assert {name: count for name, count in added.items() if name not in ("detach", "alias")} == {
+        name: len(sites) for name in ("round_", "clamp_", "mul_")
+    }
+
+
+def test_calibration_leaves_out_the_head(monkeypatch):
+    model = Transformer(SMALL).eval()
+    monkeypatch.setattr(model.head, "forward", lambda *_: pytest.fail("the head was computed"))
+    calibrate(model, [torch.randint(0, 300, (2, 16))] * 2, QuantSettings())
 
 
 def test_every_named_activation_is_on_its_grid():
@@ -280,7 +453,7 @@ def test_bad_input_is_one_clear_line():
         fake_quantize(x, scheme="symetric")
     with pytest.raises(UserError, match="unknown estimator"):
         fake_quantize(x, estimator="max")
-    with pytest.raises(UserError, match="bits must lie between 2 and 16"):
+    with pytest.raises(UserError, match="bits must be at least 2 and at most 16, got 1"):
         fake_quantize(x, bits=1)
     with pytest.raises(UserError, match="no batches"):
         calibrate(Transformer(SMALL), [], QuantSettings())
@@ -291,18 +464,18 @@ def test_bad_input_is_one_clear_line():
         pass
 
 
-@pytest.mark.parametrize("granularity", quant.GRANULARITIES)
+@pytest.mark.parametrize("granularity", quantizers.GRANULARITIES)
 def test_each_channel_or_token_can_have_a_range_of_its_own(granularity):
     x = torch.randn(3, 5, 8)
     x[..., 2] *= 100  # an outlier dimension
     x[1, 4] *= 30  # and a large token
-    low, high = quant.minmax_range(x, granularity)
+    low, high = quantizers.minmax_range(x, granularity)
     assert low.shape == {"tensor": (), "channel": (8,), "token": (3, 5, 1)}[granularity]
-    rounded = quant.make_grid(low, high, 8, "asymmetric", x).round(x)
+    rounded = quantizers.make_grid(low, high, 8, "asymmetric", x).round(x)
     steps = ((high - low) / 255).expand(x.shape) if low.ndim != 1 else ((high - low) / 255).expand_as(x)
     assert ((rounded - x).abs() <= steps * (1 + 1e-4)).all()
     error = (rounded - x)[:, :4][..., torch.arange(8) != 2].abs().mean()
-    others = quant.make_grid(*quant.minmax_range(x), 8, "asymmetric", x).round(x) - x
+    others = quantizers.make_grid(*quantizers.minmax_range(x), 8, "asymmetric", x).round(x) - x
     whole = others[:, :4][..., torch.arange(8) != 2].abs().mean()
     assert error == whole if granularity == "tensor" else error < 0.1 * whole
 
@@ -351,7 +524,7 @@ def test_a_range_per_token_needs_no_calibration():
     [
         ({"granularity": "tokens"}, "unknown granularity 'tokens' .did you mean 'token'"),
         ({"granularity": "channel", "percentile": 99.0}, "percentiles are per tensor only"),
-        ({"skip": ("resid",)}, "skip: no activation 'resid'"),
+        ({"skip": ("resid",)}, "unknown activation to skip 'resid' .did you mean 'resid_"),
     ],
 )
 def test_bad_granularities_and_sites_to_skip_are_one_clear_line(bad, message):
