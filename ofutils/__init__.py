@@ -4,39 +4,36 @@ Letters used for shapes in every docstring and comment
     B batch, T tokens in a row, D width, H heads, K head width (D / H),
     V vocabulary, L layers, N tokens in all (B x T, over every batch).
 
-Five floors; a module imports from lower floors only (a test reads the imports).
+The core stands on five floors; a room imports from lower floors only (a test reads the imports). It holds the papers'
+metrics, blocks, optimizers and quantizers, and what several notebooks or the command line need. What one notebook
+alone computes is a study, `studies.<notebook>`: the core never imports a study, and no study another.
 
-    floor  module       job
-    0      params       scales, the check of parameters, seeds, device, provenance, paths
+    floor  room         job
+    0      params       scales, settings and the check of parameters, device, provenance, paths
     0      records      content-addressed records: write, find, refuse
     0      pool         many tasks in local processes; one that fails costs itself only
     1      metrics      outlier metrics, as definitions
     1      streaming    the same metrics over any number of batches, from shared sums
     1      attention    softmax, clipped softmax, gates, QK norms, rotary positions
     1      layouts      what the modules of Hugging Face's families are called
+    1      quantizers   grids, range estimators, rounding
     1      optim        AdamW and SOAP, parameter groups, schedule
     1      resume       the state of a broken training, written and read back
     1      reference    the papers' numbers and claims, and `compare` for verdicts
     1      plots        theme, colours keyed by method, `save`
     1      hub          checkpoints and data by name and revision, the packaged MiniLM, a stand-in
-    2      data         corpora, tokenizer, batches with a cursor
+    1      batches      batches by number, cut from one long row of ids
+    2      data         corpora and their tokenizer
     2      frequency    how often each token occurs: shipped counts, a text's own
     2      probes       `hooked`, `capture`, `edit`, `measure` at named sites
     2      variants     texts without natural frequencies, order or separators, for trainings
     2      transformer  one transformer with named sites, by configuration
+    3      sentences    sentences for encoders: out of a corpus, as batches, masked; kinds of tokens
     3      families     Hugging Face models into `Transformer`, or with their sites, to be read
     3      dims         outlier dimensions: by LayerNorm parameters, by activation; `ablated`
-    3      correlations how the size of each dimension goes with token frequency
     3      heads        MLM heads on a frozen encoder
-    3      sinks        attention sinks: where heads look, what they find, which dimensions go with it
-    3      quant        quantizers, range estimators, calibration, `quantized`
-    3      tasks        GLUE and other tasks of sentences and pairs: texts, labels, metrics
+    3      quant        models rounded: calibration, `quantized`, tables of many settings
     3      train        `TrainConfig`, `train`, resume
-    4      damage       what breaks in an encoder without some dimensions; geometry with and without them
-    4      finetune     a pre-trained encoder fine-tuned on a task, and scored on it
-    4      headmaps     attention head by head: maps, gates, what a head does not read, controls
-    4      sinkplots    the figures of attention sinks
-    4      predictions  what a model predicts: how diverse, and which parts of speech it trades
     4      sweep        many runs: here or in local processes; the notebooks' recipes
     4      report       the scoreboard: claims, what was measured, verdicts
 
@@ -52,7 +49,7 @@ __version__ = "0.1.0"
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 #: Raised with every entry of the CHANGELOG's "Results changed": no older record is taken for a new one.
-NUMERICS = 1
+NUMERICS = 2
 
 
 class UserError(ValueError):

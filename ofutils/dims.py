@@ -1,19 +1,18 @@
-"""Outlier dimensions: found by the parameters of LayerNorms or by activation, looked at, and switched off.
+"""Outlier dimensions: found by the parameters of LayerNorms or by activation, and switched off.
 
 Norms are named by their sites (`norm2` in every block, `blocks.3.norm2`, `embed_norm`, ...), in `Transformer`
 and in any Hugging Face model that `families.with_sites` reads. In a post-norm BERT `norm2` is the output
 LayerNorm of each block; the norm of an MLM head is called `head.norm` and is taken only when asked for.
 """
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from ofutils import UserError, params
-from ofutils.probes import Batch, Measurement, Place, capture, resolve, run
+from ofutils import params
+from ofutils.probes import Measurement, Place, resolve
 
 #: Every norm of the body of a model, wherever it has one.
 ALL_NORMS = ("embed_norm", "norm1", "norm2", "norm_final")
@@ -33,14 +32,11 @@ def norms(model: nn.Module, where: str | Iterable[str] = "norm2") -> dict[str, n
     patterns = [where] if isinstance(where, str) else list(where)
     params.require(hasattr(model, "sites"), f"{type(model).__name__} has no sites: take families.with_sites of it")
     params.require(len(patterns) > 0, "no site is named")
-    wanted = [pattern for pattern in patterns if pattern != "head.norm"]
+    wanted, sites = [pattern for pattern in patterns if pattern != "head.norm"], model.sites()
     if set(wanted) == set(ALL_NORMS):
-        known = {name.split(".")[-1] for name in model.sites()}
-        wanted = [pattern for pattern in wanted if pattern in known]
-    sites = model.sites()
-    found = {
-        name: sites[name].module if isinstance(sites[name], Place) else sites[name] for name in resolve(model, wanted)
-    }
+        wanted = [pattern for pattern in wanted if pattern in {name.split(".")[-1] for name in sites}]
+    found = {name: sites[name] for name in resolve(model, wanted)}
+    found = {name: site.module if isinstance(site, Place) else site for name, site in found.items()}
     if "head.norm" in patterns:
         found["head.norm"] = getattr(getattr(model, "head", None), "norm", None)
         params.require(found["head.norm"] is not None, "no norm with parameters at head.norm")
@@ -116,50 +112,6 @@ def by_activation(measured: Measurement, top: int = 2) -> list[int]:
     return torch.stack(rows).amax(0).topk(top).indices.tolist()
 
 
-@torch.no_grad()
-def profile(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    dims: Sequence[int],
-    groups: Tensor,
-    names: Sequence[str],
-    where: str | Iterable[str] = "resid_post",
-) -> list[dict]:
-    """At which tokens a dimension is large, and whether it has one sign everywhere.
-
-    Args:
-        batches: mappings with `input_ids` and `attention_mask`; padding counts nowhere.
-        dims: dimensions to look at.
-        groups: (V,) the group of every id, as an index into `names`, e.g. from `sinks.token_groups`.
-        where: sites.
-
-    Returns:
-        One row per dimension: `dimension`; `largest |x| at <name>` for each group, over all sites and tokens;
-        `one sign`, 0.5 to 1: the share of tokens with the sign that most have, mean over sites.
-    """
-    sites = resolve(model, where)
-    size = torch.zeros(len(names), len(dims))
-    above, tokens = torch.zeros(len(sites), len(dims)), 0
-    for batch in batches:
-        with capture(model, sites) as kept:
-            run(model, batch)
-        real = batch["attention_mask"].bool().cpu()
-        group = groups[batch["input_ids"].cpu()[real]]  # (n,)
-        x = torch.stack([kept[site].cpu()[real][:, list(dims)] for site in sites])  # (sites, n, dims)
-        tokens += len(group)
-        above += (x > 0).sum(1)
-        for index in group.unique().tolist():
-            size[index] = torch.maximum(size[index], x[:, group == index].abs().amax((0, 1)))
-    share = above / tokens
-    sign = torch.maximum(share, 1 - share).mean(0)
-    return [
-        {"dimension": dim}
-        | {f"largest |x| at {name}": float(size[index, place]) for index, name in enumerate(names)}
-        | {"one sign": float(sign[place])}
-        for place, dim in enumerate(dims)
-    ]
-
-
 @contextmanager
 def ablated(model: nn.Module, dims: Iterable[int], where: str | Iterable[str] = "norm2"):
     """Weight and bias of these dimensions set to zero in the named norms, for as long as the context is open.
@@ -184,14 +136,8 @@ def ablated(model: nn.Module, dims: Iterable[int], where: str | Iterable[str] = 
     layer), as here. The other (attention maps, token diversity, parts of speech) also hits the norm of an MLM head
     where BERT has one (the last two), 52 parameters for two dimensions: `where=("norm2", "head.norm")` here.
     """
-    try:
-        dims = [operator.index(dim) for dim in dims]
-    except TypeError:
-        raise UserError(f"dimensions are whole numbers, got {dims!r}") from None
     chosen = [parameter for norm in norms(model, where).values() for parameter in norm.parameters(recurse=False)]
-    width = min(parameter.numel() for parameter in chosen)
-    if bad := [dim for dim in dims if not 0 <= dim < width]:
-        raise UserError(f"dimension {bad[0]} is out of range: the norms have dimensions 0 to {width - 1}")
+    dims = params.dimensions(dims, min(parameter.numel() for parameter in chosen))
     kept = [parameter.data.clone() for parameter in chosen]
     try:
         for parameter in chosen:

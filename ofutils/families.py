@@ -13,24 +13,20 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from ofutils import UserError
+from ofutils import UserError, params
 from ofutils.layouts import MODULES, PARAMETERS, SITES
 from ofutils.probes import Place
 from ofutils.transformer import Transformer, TransformerConfig
 
-#: what `from_hf` converts: class -> (family, whether it has a language-modelling head)
-CONVERTED = {
-    "OPTForCausalLM": ("opt", True),
-    "OPTModel": ("opt", False),
-    "GPT2LMHeadModel": ("gpt2", True),
-    "GPT2Model": ("gpt2", False),
-    "GPTNeoXForCausalLM": ("gpt_neox", True),
-    "GPTNeoXModel": ("gpt_neox", False),
-    "BertForMaskedLM": ("bert", True),
-    "BertModel": ("bert", False),
-    "RobertaForMaskedLM": ("roberta", True),
-    "RobertaModel": ("roberta", False),
+_CLASSES = {  # with a language-modelling head, and without
+    "opt": ("OPTForCausalLM", "OPTModel"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Model"),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXModel"),
+    "bert": ("BertForMaskedLM", "BertModel"),
+    "roberta": ("RobertaForMaskedLM", "RobertaModel"),
 }
+#: what `from_hf` converts: class -> (family, whether it has a language-modelling head)
+CONVERTED = {one: (family, one == own[0]) for family, own in _CLASSES.items() for one in own}
 _PREFIXES = {"opt": "model.", "gpt2": "transformer.", "gpt_neox": "gpt_neox.", "bert": "bert.", "roberta": "roberta."}
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _OPT_OFFSET = 2  # OPT's learned positions start at row 2
@@ -54,11 +50,9 @@ def from_hf(model) -> Transformer:
         UserError: another class, or a variant that `Transformer` does not have.
     """
     kind, config = type(model).__name__, getattr(model, "config", None)
-    if kind not in CONVERTED:
-        raise UserError(f"no conversion for {kind}; known: {', '.join(CONVERTED)}")
+    params.require(kind in CONVERTED, f"no conversion for {kind}; known: {', '.join(CONVERTED)}")
     family, headed = CONVERTED[kind]
-    settings = {"opt": _opt, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "bert": _bert, "roberta": _roberta}[family](config)
-    state = _renamed(model.state_dict(), family, config.num_attention_heads)
+    settings, state = _SETTINGS[family](config), _renamed(model.state_dict(), family, config.num_attention_heads)
     if family == "roberta":
         state["position_embedding.weight"] = state["position_embedding.weight"][config.pad_token_id + 1 :]
         _need(kind, not headed or config.hidden_act == "gelu", "activation gelu, which its head has")
@@ -66,23 +60,21 @@ def from_hf(model) -> Transformer:
     if family in ("bert", "roberta"):
         _need(kind, head == "tied", "a head that is tied to its embedding")
         head = "mlm"
-    activation = settings.pop("activation")
-    known = f"one of the activations {', '.join(_ACTIVATIONS)}, not {activation}"
-    _need(kind, activation in _ACTIVATIONS, known)
-    ours = Transformer(
-        TransformerConfig(
-            vocab=config.vocab_size,
-            layers=config.num_hidden_layers,
-            width=config.hidden_size,
-            heads=config.num_attention_heads,
-            context=len(state["position_embedding.weight"])
-            if family != "gpt_neox"
-            else config.max_position_embeddings,
-            activation=_ACTIVATIONS[activation],
-            head=head if headed else "none",
-            **settings,
-        )
+    activation, learned = _first(config, "hidden_act", "activation_function"), state.get("position_embedding.weight")
+    _need(kind, activation in _ACTIVATIONS, f"one of the activations {', '.join(_ACTIVATIONS)}, not {activation}")
+    shape = TransformerConfig(
+        vocab=config.vocab_size,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        mlp_width=_first(config, "intermediate_size", "ffn_dim", "n_inner") or 0,
+        context=config.max_position_embeddings if learned is None else len(learned),
+        norm_eps=_first(config, "layer_norm_eps", "layer_norm_epsilon") or 1e-5,
+        activation=_ACTIVATIONS[activation],
+        head=head if headed else "none",
+        **settings,
     )
+    ours = Transformer(shape)
     ours.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return ours.eval()
 
@@ -104,68 +96,47 @@ def bert_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return _renamed(state, "bert")
 
 
+def _first(config, *names: str):
+    """The first of these attributes that the configuration has."""
+    return next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+
+
 def _need(kind: str, there: bool, what: str) -> None:
-    if not there:
-        raise UserError(f"no conversion for this {kind}: it needs {what}")
+    params.require(there, f"no conversion for this {kind}: it needs {what}")
 
 
 def _opt(config) -> dict:
     _need("OPT", config.enable_bias and config.layer_norm_elementwise_affine, "biases, and gains in its norms")
     pre = config.do_layer_norm_before
-    return {
-        "activation": config.activation_function,
-        "mlp_width": config.ffn_dim,
-        "embed_width": config.word_embed_proj_dim,
-        "norm_position": "pre" if pre else "post",
-        "final_norm": pre and not config._remove_final_layer_norm,
-    }
+    norms = {"norm_position": "pre" if pre else "post", "final_norm": pre and not config._remove_final_layer_norm}
+    return norms | {"embedding": {"width": config.word_embed_proj_dim}}
 
 
 def _gpt2(config) -> dict:
     plain = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
     _need("GPT-2", plain, "scores scaled by the head width alone")
     _need("GPT-2", not config.add_cross_attention, "no cross attention")
-    return {
-        "activation": config.activation_function,
-        "mlp_width": config.n_inner or 4 * config.hidden_size,
-        "norm_eps": config.layer_norm_epsilon,
-        "skip_padding": False,
-    }
+    return {"embedding": {"skip_padding": False}}
 
 
 def _gpt_neox(config) -> dict:
     rotary = config.rope_parameters
     _need("GPT-NeoX", rotary["rope_type"] == "default", "plain rotary positions")
     _need("GPT-NeoX", config.attention_bias, "biases")
-    return {
-        "activation": config.hidden_act,
-        "mlp_width": config.intermediate_size,
-        "norm_eps": config.layer_norm_eps,
-        "positions": "rotary",
-        "rotary_share": rotary.get("partial_rotary_factor", 1.0),
-        "rotary_base": rotary["rope_theta"],
-        "parallel": config.use_parallel_residual,
-    }
+    turned = {"rotary_share": rotary.get("partial_rotary_factor", 1.0), "rotary_base": rotary["rope_theta"]}
+    return {"parallel": config.use_parallel_residual, "embedding": {"positions": "rotary", **turned}}
 
 
 def _bert(config) -> dict:
     absolute = getattr(config, "position_embedding_type", None) in (None, "absolute")
     _need("BERT", absolute, "absolute positions")
     _need("BERT", not config.is_decoder and not config.add_cross_attention, "the form of an encoder")
-    return {
-        "activation": config.hidden_act,
-        "mlp_width": config.intermediate_size,
-        "norm_eps": config.layer_norm_eps,
-        "norm_position": "post",
-        "causal": False,
-        "embed_norm": True,
-        "segments": config.type_vocab_size,
-        "skip_padding": False,
-    }
+    roberta = config.model_type == "roberta"
+    embedding = {"norm": True, "segments": config.type_vocab_size, "skip_padding": roberta}
+    return {"norm_position": "post", "causal": False, "embedding": embedding}
 
 
-def _roberta(config) -> dict:
-    return _bert(config) | {"skip_padding": True}
+_SETTINGS = {"opt": _opt, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "bert": _bert, "roberta": _bert}
 
 
 def _renamed(state: dict[str, Tensor], family: str, heads: int = 0) -> dict[str, Tensor]:
@@ -207,8 +178,7 @@ def _split(name: str, tensor: Tensor, family: str, heads: int) -> dict[str, Tens
     return {name.replace(".qkv.", f".{letter}."): part for letter, part in parts}
 
 
-# ---------------------------------------------------------------------------------------------------
-# reading
+# --- reading
 
 
 def with_sites(model) -> nn.Module:
@@ -229,8 +199,7 @@ def with_sites(model) -> nn.Module:
         family = "opt (post-norm)"
     if family == "gpt_neox" and config.use_parallel_residual:
         family = "gpt_neox (parallel)"
-    if family not in SITES:
-        raise UserError(f"no table of sites for {type(model).__name__}; known: {', '.join(SITES)}")
+    params.require(family in SITES, f"no table of sites for {type(model).__name__}; known: {', '.join(SITES)}")
     return Sited(model, SITES[family])
 
 
@@ -267,8 +236,8 @@ class Sited(nn.Module):
         output = self.model(*args, **named)
         if self.logits is None:
             return output.last_hidden_state
-        if getattr(output, "logits", None) is None:
-            raise UserError(f"{type(self.model).__name__} returns no logits: take its base model")
+        there = getattr(output, "logits", None) is not None
+        params.require(there, f"{type(self.model).__name__} returns no logits: take its base model")
         return self.logits(output.logits)
 
     def sites(self) -> dict[str, Place]:
@@ -295,8 +264,7 @@ class _Reading(Place):
         """As `Place.read`."""
 
         def checked(x):
-            if x is None:
-                raise UserError('no probs from this attention: load the model with attn_implementation="eager"')
+            params.require(x is not None, 'no probs: load the model with attn_implementation="eager"')
             return function(x.unflatten(0, (self.owner.rows, -1)) if x.ndim == 2 else x)  # (B T, D) -> (B, T, D)
 
         return super().read(checked)

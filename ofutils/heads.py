@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ofutils import params, probes
 from ofutils.transformer import Head, Transformer
 
-Masked = tuple[dict[str, Tensor], Tensor]  # a batch and its labels, from data.mask_tokens
+Masked = tuple[dict[str, Tensor], Tensor]  # a batch and its labels, from sentences.mask_tokens
 
 
 def split(model: Transformer) -> tuple[Transformer, Head]:
@@ -41,7 +41,7 @@ def _at_masks(encoder: Transformer, masked: list[Masked]) -> tuple[Tensor, Tenso
 
 
 def unigram(ids: Tensor, vocab: int) -> Tensor:
-    """Log frequencies (V,) of token ids, each counted a tenth more than seen: what can be known without context.
+    """Log frequencies (V,) of token ids, a tenth added to each count: what can be known without context.
 
     Args:
         ids: tokens that may be masked: without special tokens and padding, see `maskable`.
@@ -51,7 +51,7 @@ def unigram(ids: Tensor, vocab: int) -> Tensor:
 
 
 def maskable(batches: list[dict[str, Tensor]], tokenizer) -> Tensor:
-    """The ids (n,) of all tokens that `data.mask_tokens` may ask for: no special tokens, no padding."""
+    """The ids (n,) of all tokens that `sentences.mask_tokens` may ask for: no special tokens, no padding."""
     special = torch.tensor(tokenizer.all_special_ids)
     real = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
     return real[~torch.isin(real, special)]

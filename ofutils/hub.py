@@ -3,7 +3,7 @@
     model(name, revision, head)      a transformers model: float32, frozen, in evaluation mode
     tokenizer(name, revision)        its tokenizer
     text(name, config, split)        the path of a data set's parquet file, for `data.load_corpus`
-    find_minilm()                    whether the packaged MiniLM is installed
+    find_minilm()                    where the packaged MiniLM is installed, or None
     or_stand_in(name)                the name, or a stand-in's where it cannot be loaded
 
 Only safetensors are loaded: no pickle, no code out of a repository. Downloads go to the Hub's own cache
@@ -69,8 +69,7 @@ def model(name: str, revision: str = "main", head: str | None = None, attn_imple
     """
     import transformers
 
-    if head not in HEADS:
-        raise UserError(f"unknown head {head!r}{params.suggest(head, ('lm', 'mlm'))}; known: None, lm, mlm")
+    params.require_known("head", head, HEADS)
     build = getattr(transformers, HEADS[head])
     if name == STAND_IN:
         found, commit = _random_model(build, revision, attn_implementation), "random"
@@ -145,8 +144,7 @@ def find_minilm() -> Path | None:
     return next((folder for folder in folders if (folder / _WEIGHTS[0]).is_file()), None)
 
 
-# ---------------------------------------------------------------------------------------------------
-# finding files
+# --- finding files
 
 
 def _what(name: str, revision: str, file: str = "") -> str:
@@ -177,29 +175,25 @@ def _fetch(download, name: str, revision: str, **request) -> Path:
 
     what, offline = _what(name, revision, request.get("filename", "")), _why_offline()
     kind = "data set" if request.get("repo_type") == "dataset" else "model"
+    lacking = f"is not in the cache {constants.HF_HUB_CACHE}, and {offline or 'the Hub does not answer as it should'}"
+    said = {  # the first that an error is
+        errors.GatedRepoError: f"{what} is gated: accept its terms on the Hub, then log in with `hf auth login`",
+        errors.RepositoryNotFoundError: f"{what}: the Hub has no such {kind}, or it is private (`hf auth login`)",
+        errors.RevisionNotFoundError: f"{name}: the Hub has this {kind}, but no revision {revision!r}",
+        errors.HFValidationError: f"{name!r} is no name of a {kind}; expected one such as organisation/name",
+        errors.LocalEntryNotFoundError: f"{what} {lacking}; {_way_out(name)}",
+        errors.OfflineModeIsEnabled: f"{what} {lacking}; {_way_out(name)}",
+        errors.EntryNotFoundError: f"{what}: the Hub has this {kind}, but not the file",
+    }
     try:
         return Path(download(name, revision=revision, **request))
-    except errors.GatedRepoError as error:
-        wrong = "is gated: accept its terms on the Hub, then log in with `hf auth login`"
-        raise UserError(f"{what} {wrong}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(f"{what}: the Hub has no such {kind}, or it is private (`hf auth login`)") from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{name}: the Hub has this {kind}, but no revision {revision!r}") from error
-    except errors.HFValidationError as error:
-        raise UserError(f"{name!r} is no name of a {kind}; expected one such as organisation/name") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+    except (OSError, errors.HTTPError, *said) as error:
         if folder := getattr(error, "snapshot_path", None):
             return Path(folder)  # not all that was asked for is there, perhaps all that is needed
-        where = f"is not in the cache {constants.HF_HUB_CACHE}"
-        why = offline or "the Hub does not answer as it should"
-        raise UserError(f"{what} {where}, and {why}; {_way_out(name)}") from error
-    except errors.EntryNotFoundError as error:
-        raise UserError(f"{what}: the Hub has this {kind}, but not the file") from error
-    except (OSError, errors.HTTPError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"the Hub says {status}" if status else getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"{what} cannot be fetched into {constants.HF_HUB_CACHE}: {reason}") from error
+        other = f"{what} cannot be fetched into {constants.HF_HUB_CACHE}: {reason}"
+        raise UserError(next((text for one, text in said.items() if isinstance(error, one)), other)) from error
 
 
 def _way_out(name: str) -> str:
@@ -244,8 +238,7 @@ def _answers(host: str, port: int) -> bool:
     return bool(answers)
 
 
-# ---------------------------------------------------------------------------------------------------
-# reading them
+# --- reading them
 
 
 def _require_one_of(files: tuple[str, ...], folder: Path, name: str, revision: str, lacking: str) -> None:
@@ -262,15 +255,9 @@ def _read_model(build, folder: Path, name: str, revision: str, head: str | None,
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with quiet():
-            found, report = build.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                attn_implementation=attention,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            safe = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+            options = {"dtype": torch.float32, "attn_implementation": attention, "output_loading_info": True}
+            found, report = build.from_pretrained(folder, **safe, **options)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
         again = "delete that folder and the files that it links to, and it is fetched again where the Hub answers"
         raise UserError(f"{what} is not readable or not complete in {folder}; {again}") from error
@@ -305,22 +292,15 @@ def quiet():
             logging.enable_progress_bar()
 
 
-# ---------------------------------------------------------------------------------------------------
-# the stand-in
+# --- the stand-in
 
 
 def _random_model(build, revision: str, attention: str | None):
     """BERT of 2 layers and width 32, the same weights at every call."""
     from transformers import BertConfig
 
-    config = BertConfig(
-        vocab_size=len(_character_tokenizer(revision)),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        max_position_embeddings=128,
-    )
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = BertConfig(vocab_size=len(_character_tokenizer(revision)), max_position_embeddings=128, **shape)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return build.from_config(config, attn_implementation=attention)

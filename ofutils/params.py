@@ -1,4 +1,4 @@
-"""Scales, the check of parameters, seeds, device, provenance and paths.
+"""Scales, settings and the check of parameters, device, provenance and paths.
 
 Everything that a notebook or a command line needs before it starts, with nothing heavier than torch.
 """
@@ -6,13 +6,18 @@ Everything that a notebook or a command line needs before it starts, with nothin
 import ast
 import difflib
 import math
+import operator
 import os
 import platform
 import sys
 import typing
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 
@@ -51,13 +56,9 @@ def resolve_scale(asked: str = "auto") -> tuple[str, str]:
         UserError: an unknown scale, wherever it came from.
     """
     for name, why in ((asked, "asked for"), (os.environ.get("OFUTILS_SCALE") or "auto", "OFUTILS_SCALE")):
-        if name == "auto":
-            continue
-        if name not in SCALES:
-            raise UserError(
-                f"unknown scale {name!r} ({why}){suggest(name, SCALES)}; known: auto, {', '.join(SCALES)}"
-            )
-        return name, why
+        if name != "auto":
+            require_known(f"scale ({why})", name, ("auto", *SCALES))
+            return name, why
     return ("gpu", "auto: CUDA answers") if torch.cuda.is_available() else ("small", "auto: no CUDA device answers")
 
 
@@ -67,36 +68,80 @@ def suggest(name: str, known) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-# ---------------------------------------------------------------------------------------------------
-# values and types
+# --- settings: frozen dataclasses that state types, choices and limits where a field is declared
+
+
+#: Limits of a number, as `Annotated` gives them: `Annotated[float, "above 0", "at most 1"]`.
+BOUNDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+Count = Annotated[int, "at least 1"]
+Natural = Annotated[int, "at least 0"]
+Positive = Annotated[float, "above 0"]
+NotNegative = Annotated[float, "at least 0"]
+Fraction = Annotated[float, "at least 0", "below 1"]
+
+
+@typing.dataclass_transform(frozen_default=True)
+def settings(cls):
+    """A frozen dataclass whose fields are checked whenever one is made: types, `Literal` choices, bounds.
+
+    A `__post_init__` of its own comes after that, for what concerns several fields at once. A nested dataclass may
+    be given as a mapping.
+
+    Raises:
+        UserError: one line that names the field, what it got and what it takes.
+    """
+    together = getattr(cls, "__post_init__", None)
+
+    def __post_init__(self):
+        for name, kind in _hints(cls).items():
+            object.__setattr__(self, name, coerce(name, getattr(self, name), kind))
+        if together:
+            together(self)
+
+    cls.__post_init__ = __post_init__
+    return dataclass(frozen=True)(cls)
+
+
+@cache
+def _hints(cls) -> dict:
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def coerce(name: str, value, kind):
     """`value` as the declared type `kind`, or a UserError that names the parameter.
 
     Integral floats pass for int (papermill turns 1e3 into 1000.0), ints for float. The strings that a
-    command line gives are read as numbers and booleans where the type asks for them.
+    command line gives are read as numbers, booleans and lists where the type asks for them.
     """
-    origin = typing.get_origin(kind)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        value = coerce(name, value, parts[0])
+        for words, limit in (bound.rsplit(" ", 1) for bound in parts[1:]):
+            require(BOUNDS[words](value, float(limit)), f"{name} must be {' and '.join(parts[1:])}, got {value}")
+        return value
+    if origin is Literal:
+        require_known(name, value, parts)
+        return value
+    if is_dataclass(kind):
+        require(isinstance(value, (dict, kind)), f"parameter {name}: expected a mapping, got {value!r}")
+        return value if isinstance(value, kind) else build(kind, value, f"{name}.")
     if origin in (tuple, list):
-        inner = typing.get_args(kind)[0]
-        if isinstance(value, str):
-            value = _items(value)
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"parameter {name}: expected a list of {inner.__name__}, got {value!r}")
-        return origin(coerce(name, item, inner) for item in value)
+        items, fixed = _items(value) if isinstance(value, str) else value, origin is tuple and parts[-1] is not ...
+        fits = isinstance(items, (list, tuple)) and (not fixed or len(items) == len(parts))
+        asked = f"{len(parts)} values" if fixed else f"a list of {getattr(parts[0], '__name__', 'numbers')}"
+        require(fits, f"parameter {name}: expected {asked}, got {value!r}")
+        kinds = parts if fixed else parts[:1] * len(items)
+        return origin(coerce(name, item, one) for item, one in zip(items, kinds, strict=True))
     result = value
     if isinstance(value, str) and kind is not str:
-        try:
+        with suppress(ValueError, SyntaxError):
             result = ast.literal_eval(value.strip().capitalize() if kind is bool else value.strip())
-        except (ValueError, SyntaxError):
-            result = value
     if kind is int and isinstance(result, float) and result.is_integer():
         result = int(result)
-    if kind is float and type(result) is int:
+    if kind is float and isinstance(result, (int, float)) and not isinstance(result, bool):
         result = float(result)
-    if type(result) is not kind or (kind is float and not math.isfinite(result)):
-        raise UserError(f"parameter {name}: expected {kind.__name__}, got {value!r}")
+    fits = type(result) is kind and (kind is not float or math.isfinite(result))
+    require(fits, f"parameter {name}: expected {kind.__name__}, got {value!r}")
     return result
 
 
@@ -115,35 +160,43 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def require_known(what: str, name, known: typing.Iterable) -> None:
+    """A UserError that lists the known names, and the nearest one, unless the name is one of them."""
+    known = list(known)
+    require(name in known, f"unknown {what} {name!r}{suggest(name, known)}; known: {', '.join(map(str, known))}")
+
+
+def dimensions(chosen: typing.Iterable[int], width: int) -> list[int]:
+    """The chosen dimensions as a list, or a UserError that names one that is no whole number from 0 to width - 1."""
+    try:
+        chosen = [operator.index(one) for one in chosen]
+    except TypeError:
+        raise UserError(f"dimensions are whole numbers, got {chosen!r}") from None
+    bad = [one for one in chosen if not 0 <= one < width]
+    require(not bad, f"dimension {min(bad, default=0)} is out of range: there are dimensions 0 to {width - 1}")
+    return chosen
+
+
 def build(cls, values: dict, prefix: str = ""):
-    """A dataclass from a mapping of plain values, such as YAML or command-line flags give.
+    """Settings from a mapping of plain values, such as YAML or command-line flags give.
 
     Nested dataclasses take nested mappings. Unknown names and wrong types raise a UserError.
     """
-    hints = typing.get_type_hints(cls)
-    known = {field.name for field in fields(cls)}
-    taken = {}
-    for name, value in values.items():
-        if name not in known:
-            raise UserError(
-                f"unknown parameter {prefix + name!r}{suggest(name, known)}; known: {', '.join(sorted(known))}"
-            )
-        if is_dataclass(hints[name]):
-            if not isinstance(value, dict):
-                raise UserError(f"parameter {prefix + name}: expected a mapping, got {value!r}")
-            taken[name] = build(hints[name], value, f"{prefix}{name}.")
-        else:
-            taken[name] = coerce(prefix + name, value, hints[name])
-    return cls(**taken)
+    hints = _hints(cls)
+    for name in (name for name in values if name not in hints):
+        flags = [line.split()[0].removeprefix("--") for line in usage(cls, prefix)]
+        deeper = [flag for flag in flags if flag.endswith(f".{name}")]  # in a group, where it belongs
+        near = suggest(full := f"{prefix}{name}", deeper or [prefix + hint for hint in hints])
+        raise UserError(f"unknown parameter {full!r}{near}; known: {', '.join(sorted(hints))}")
+    return cls(**{name: coerce(prefix + name, value, hints[name]) for name, value in values.items()})
 
 
 def usage(cls, prefix: str = "") -> list[str]:
     """One line per field of a configuration: its flag and its default."""
-    lines = []
-    for field in fields(cls):
-        default = field.default if field.default is not MISSING else field.default_factory()
-        name = f"{prefix}{field.name}"
-        lines += usage(type(default), f"{name}.") if is_dataclass(default) else [f"  --{name} {default!r}"]
+    lines, usual = [], cls()
+    for name in (field.name for field in fields(cls)):
+        inner = is_dataclass(default := getattr(usual, name))
+        lines += usage(type(default), f"{prefix}{name}.") if inner else [f"  --{prefix}{name} {default!r}"]
     return lines
 
 
@@ -162,19 +215,18 @@ def read(cls, arguments: list[str]):
             base = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-        if not isinstance(base, dict):
-            raise UserError(f"{path} holds no mapping of parameters")
-        values = _merged(base, values)
+        require(isinstance(base, dict), f"{path} holds no mapping of parameters")
+        values = merged(base, values)
     return build(cls, values)
 
 
-def _merged(base: dict, over: dict) -> dict:
-    both = {k: _merged(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+def merged(base: dict, over: dict) -> dict:
+    """The two together; where both have a mapping, these are merged likewise, else `over` counts."""
+    both = {k: merged(base[k], v) for k, v in over.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
     return base | over | both
 
 
-# ---------------------------------------------------------------------------------------------------
-# notebooks
+# --- notebooks
 
 
 @dataclass(frozen=True)
@@ -214,16 +266,13 @@ def start(namespace: dict, notebook: str, paper: str) -> Session:
     """
     declared = dict(namespace.get("__annotations__", {}))
     for name in _injected(namespace.get("In", [])):
-        if name not in declared:
-            raise UserError(f"unknown parameter {name!r}{suggest(name, declared)}; known: {', '.join(declared)}")
+        require_known("parameter", name, declared)
     for name, kind in declared.items():
         try:
-            namespace[name] = coerce(name, namespace[name], kind)
+            namespace[name] = coerce(name, namespace[name], Natural if kind is int else kind)
         except UserError as error:
             hint = " (lists and booleans go by papermill's -y)" if kind not in (int, float, str) else ""
             raise UserError(f"{error}{hint}") from None
-        if kind is int and namespace[name] < 0:
-            raise UserError(f"parameter {name}: expected 0 or more, got {namespace[name]}")
     scale, why = resolve_scale(namespace["scale"])
     if scale == "tiny":
         torch.set_num_threads(1)  # more threads only wait for each other at this size
@@ -241,8 +290,7 @@ def _injected(history) -> list[str]:
     return []
 
 
-# ---------------------------------------------------------------------------------------------------
-# provenance
+# --- provenance
 
 
 def environment() -> dict:
@@ -259,7 +307,7 @@ def environment() -> dict:
     return found
 
 
-def main_guard(command: typing.Callable[[list[str]], None]) -> None:
+def main_guard(command: Callable[[list[str]], None]) -> None:
     """Run a command line: a UserError becomes one line on stderr and exit code 1."""
     try:
         command(sys.argv[1:])
@@ -277,8 +325,7 @@ def flags(arguments: list[str]) -> dict:
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)
-        if not flag.startswith("--") or flag == "--":
-            raise UserError(f"expected a flag such as --steps 100, got {flag!r}")
+        require(flag.startswith("--") and flag != "--", f"expected a flag such as --steps 100, got {flag!r}")
         name, equals, value = flag[2:].partition("=")
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else True

@@ -29,19 +29,7 @@ def theme() -> None:
     """Set the look of all figures and printed tables that follow."""
     pd.set_option("display.width", 140, "display.max_colwidth", 90)
     sns.set_theme(context="notebook", style="ticks", font_scale=0.9)
-    plt.rcParams.update(
-        {
-            "figure.dpi": 110,
-            "savefig.dpi": 160,
-            "savefig.bbox": "tight",
-            "figure.constrained_layout.use": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": "medium",
-            "axes.titlelocation": "left",
-            "legend.frameon": False,
-        }
-    )
+    plt.style.use("ofutils.figures")
 
 
 def log_scale(ax: Axes, which: str) -> None:

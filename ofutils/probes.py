@@ -40,8 +40,8 @@ class Place:
         """Register a hook that calls the function on the tensor; returns its handle."""
 
         def reading(x):
-            if function(x) is not None:
-                raise UserError("a Hugging Face model can be read, not edited: convert it with families.from_hf")
+            wrong = "a Hugging Face model can be read, not edited: convert it with families.from_hf"
+            params.require(function(x) is None, wrong)
 
         if self.side == "input":
             return self.module.register_forward_pre_hook(
@@ -62,9 +62,7 @@ def resolve(model: nn.Module, patterns: str | Iterable[str]) -> list[str]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = [name for name in sites if fnmatch.fnmatchcase(name, pattern) or name.split(".")[-1] == pattern]
         if not matches:
-            known = sorted({name.split(".")[-1] for name in sites})
-            near = params.suggest(pattern.split(".")[-1], known)
-            raise UserError(f"unknown site {pattern!r}{near}; known: {', '.join(known)}")
+            params.require_known("site", pattern, sorted({name.split(".")[-1] for name in sites}))
         found.update(matches)
     return [name for name in sites if name in found]
 
@@ -94,14 +92,8 @@ def hooked(model: nn.Module, functions: Mapping[str, Callable[[Tensor], Tensor |
 def capture(model: nn.Module, patterns: str | Iterable[str]):
     """A dictionary, site name -> tensor, that every forward pass inside the context fills anew."""
     kept: dict[str, Tensor] = {}
-
-    def keep(name):
-        def function(x):
-            kept[name] = x.detach()
-
-        return function
-
-    with hooked(model, {name: keep(name) for name in resolve(model, patterns)}):
+    keep = {name: lambda x, own=name: kept.update({own: x.detach()}) for name in resolve(model, patterns)}
+    with hooked(model, keep):
         yield kept
 
 
@@ -124,7 +116,18 @@ class Measurement:
         return {"loss": self.loss, "sites": {name: stats.summary() for name, stats in self.sites.items()}}
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: nn.Module):
+    """The model in evaluation mode and without gradients, for as long as the context is open."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def measure(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -154,27 +157,21 @@ def measure(
         name: AttentionStatistics() if name.split(".")[-1] == "probs" else Statistics(meters)
         for name in resolve(model, patterns)
     }
-    device = next(model.parameters()).device
-    training, losses = model.training, []
-    model.eval()
-    try:
-        with hooked(model, {name: lambda x, s=stats: s.add(x, real) for name, stats in statistics.items()}):
-            for batch in batches:
-                batch, real = _moved(batch, device)
-                if real is not None and (keys := [name for name in statistics if name.split(".")[-1] == "scores"]):
-                    raise UserError(f"{keys[0]} holds scores of padding too: measure it on batches without padding")
-                output = run(model, batch)
-                losses.append(float(loss(output, batch)) if loss else float("nan"))
-    finally:
-        model.train(training)
-    if not losses:
-        raise UserError("nothing to measure: no batches")
-    if silent := [name for name, stats in statistics.items() if not stats.rows]:
-        raise UserError(f"site {silent[0]} was watched but never computed")
+    device, losses = next(model.parameters()).device, []
+    watched = {name: lambda x, s=stats: s.add(x, real) for name, stats in statistics.items()}
+    with evaluating(model), hooked(model, watched):
+        for batch in batches:
+            batch, real = _moved(batch, device)
+            if real is not None and (keys := [name for name in statistics if name.split(".")[-1] == "scores"]):
+                raise UserError(f"{keys[0]} holds scores of padding too: measure it on batches without padding")
+            output = run(model, batch)
+            losses.append(float(loss(output, batch)) if loss else float("nan"))
+    params.require(len(losses) > 0, "nothing to measure: no batches")
+    silent = [name for name, stats in statistics.items() if not stats.rows]
+    params.require(not silent, f"site {', '.join(silent)} was watched but never computed")
     return Measurement(sum(losses) / len(losses), statistics)
 
 
-@torch.no_grad()
 def embed(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     """One vector per row: the mean over its tokens of the model's output in evaluation mode, padding left out.
 
@@ -187,18 +184,23 @@ def embed(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     Raises:
         UserError: no batches.
     """
-    training, found = model.training, []
-    model.eval()
-    try:
+    found = []
+    with evaluating(model):
         for batch in batches:
             output = run(model, batch).double()
             mask = None if torch.is_tensor(batch) else batch.get("attention_mask")
-            weight = torch.ones_like(output[..., 0]) if mask is None else mask.to(output)  # (B, T)
+            weight = torch.ones_like(output[..., 0]) if mask is None else mask.bool().to(output)  # (B, T)
             found.append(((output * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)).float().cpu())
-    finally:
-        model.train(training)
     params.require(len(found) > 0, "nothing to embed: no batches")
     return torch.cat(found)
+
+
+def ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The ids of a batch and where they are tokens and not padding: (B, T) int64 and bool, where the batch is."""
+    if torch.is_tensor(batch):
+        return batch, torch.ones_like(batch, dtype=torch.bool)
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def run(model: nn.Module, batch: Batch) -> Tensor:

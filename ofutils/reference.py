@@ -42,13 +42,10 @@ def table(paper: str, item: str) -> pd.DataFrame:
     Raises:
         UserError: an unknown paper or item.
     """
-    if paper not in _PAPERS:
-        raise UserError(f"unknown paper {paper!r}{params.suggest(paper, _PAPERS)}; known: {', '.join(_PAPERS)}")
+    params.require_known("paper", paper, _PAPERS)
     with resources.as_file(resources.files("ofutils") / "papers" / f"{paper}.csv") as path:
         numbers = pd.read_csv(path, dtype=str, keep_default_na=False)
-    items = sorted(numbers["item"].unique())
-    if item not in items:
-        raise UserError(f"{paper} has no {item!r}{params.suggest(item, items)}; known: {', '.join(items)}")
+    params.require_known(f"item of {paper}", item, sorted(numbers["item"].unique()))
     chosen = numbers[(numbers["item"] == item) & (numbers["verified"] == "yes")]
     return chosen.drop(columns=["item", "verified"]).reset_index(drop=True)
 
@@ -109,7 +106,7 @@ def claim(id: str) -> Claim:
         UserError: an unknown id.
     """
     known = {one.id: one for one in _all_claims()}
-    params.require(id in known, f"unknown claim {id!r}{params.suggest(id, known)}; they are in papers/claims.yaml")
+    params.require_known("claim", id, known)
     return known[id]
 
 
@@ -209,20 +206,10 @@ def verdict_table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
         Columns id, claim, ours, low, high, margin, n, values, ratio, paper, verdict. `values` holds one
         number per seed, separated by spaces, in full precision: every verdict can be computed again.
     """
+    last = {one.claim: one for one in verdicts}.values()
     rows = [
-        {
-            "id": one.id,
-            "claim": one.claim,
-            "ours": one.mean,
-            "low": one.low,
-            "high": one.high,
-            "margin": one.margin,
-            "n": one.seeds,
-            "values": " ".join(map(repr, one.values)),
-            "ratio": one.ratio,
-            "paper": one.paper,
-            "verdict": one.verdict,
-        }
-        for one in {one.claim: one for one in verdicts}.values()
+        (one.id, one.claim, one.mean, one.low, one.high, one.margin, one.seeds)
+        + (" ".join(map(repr, one.values)), one.ratio, one.paper, one.verdict)
+        for one in last
     ]
     return pd.DataFrame(rows, columns=TABLE)

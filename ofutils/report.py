@@ -57,9 +57,10 @@ def _judged(root: Path, notebook: str) -> dict[str, dict]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         scale = json.loads(path.with_suffix(".json").read_text())["scale"]
         missing = [column for column in reference.TABLE if column not in table]
-        if not missing:
-            table = table.astype(dict.fromkeys(("margin", "n"), float)).astype({"n": int})
-            table[["ours", "low", "high"]] = table[["ours", "low", "high"]].replace("", "nan").astype(float)
+        table = table.replace({one: {"": "nan"} for one in ("ours", "low", "high")})
+        table = (
+            table if missing else table.astype(dict.fromkeys(("ours", "low", "high", "margin"), float) | {"n": int})
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} or the .json beside it is not readable; execute {notebook} again") from error
     params.require(not missing, f"{path} has no column {', '.join(missing)}; execute {notebook} again")
@@ -70,14 +71,12 @@ def _judged(root: Path, notebook: str) -> dict[str, dict]:
 
 
 def _row(claim: reference.Claim, found: dict | None) -> dict:
-    row = {"id": claim.id, "paper": claim.paper, "item": claim.item, "claim": claim.statement}
-    row |= {"number": claim.numbers, "rule": claim.rule_at(claim.margin), "ours": nan, "low": nan, "high": nan}
-    row |= {"n": 0, "scale": "", "verdict": NOT_RUN, "notebook": claim.notebook}
-    if found:
-        number = claim.numbers if found["paper"] == reference.NO_NUMBER else found["paper"]
-        row |= {"number": number, "rule": claim.rule_at(found["margin"])}
-        row |= {name: found[name] for name in ("ours", "low", "high", "n", "scale", "verdict")}
-    return row
+    unknown = {"ours": nan, "low": nan, "high": nan, "n": 0, "scale": "", "verdict": NOT_RUN}
+    found = found or unknown | {"paper": reference.NO_NUMBER, "margin": claim.margin}
+    number = claim.numbers if found["paper"] == reference.NO_NUMBER else found["paper"]
+    row = {"id": claim.id, "paper": claim.paper, "item": claim.item, "claim": claim.statement, "number": number}
+    row |= {"rule": claim.rule_at(found["margin"])} | {name: found[name] for name in unknown}
+    return row | {"notebook": claim.notebook}
 
 
 def summary(board: pd.DataFrame) -> str:

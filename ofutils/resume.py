@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ofutils import UserError
+from ofutils import UserError, params
 from ofutils.records import write_atomically
 
 
@@ -23,6 +23,12 @@ class State:
     loss_count: int = 0
     log: list = field(default_factory=list)
     diverged: int | None = None
+
+    def add(self, loss: Tensor) -> None:
+        """Count one step, with its loss (0-d)."""
+        self.step += 1
+        self.loss_sum = self.loss_sum.to(loss.device) + loss
+        self.loss_count += 1
 
 
 def log_spaced(last: int) -> tuple[int, ...]:
@@ -63,8 +69,7 @@ def restore(path: Path, model: nn.Module, optimizer, corpus: str) -> State:
     try:
         with safe_open(path, "pt") as file:
             rest = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-        return _resumed(tensors, rest, path, model, optimizer, corpus)
+        return _resumed(load_file(path), rest, path, model, optimizer, corpus)
     except UserError:
         raise
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
@@ -72,8 +77,8 @@ def restore(path: Path, model: nn.Module, optimizer, corpus: str) -> State:
 
 
 def _resumed(tensors, rest, path: Path, model: nn.Module, optimizer, corpus: str) -> State:
-    if rest.pop("corpus") != corpus:
-        raise UserError(f"checkpoint {path} was made on another corpus; delete it to start the run again")
+    same = rest.pop("corpus") == corpus
+    params.require(same, f"checkpoint {path} was made on another corpus; delete it to start the run again")
     model.load_state_dict(_under(tensors, "model."))
     entries: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under(tensors, "optimizer.").items():

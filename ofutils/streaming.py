@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ofutils import UserError, params
+from ofutils import params
 
 #: metric -> the group of shared sums that it is read from
 METERS = {
@@ -56,8 +56,7 @@ class Statistics:
 
     def __post_init__(self):
         for name in self.meters:
-            if name not in METERS:
-                raise UserError(f"unknown meter {name!r}{params.suggest(name, METERS)}; known: {', '.join(METERS)}")
+            params.require_known("meter", name, METERS)
         self._groups = {METERS[name] for name in self.meters}
 
     @torch.no_grad()
@@ -134,18 +133,13 @@ class Statistics:
         hits = (x - row_mean.to(x.dtype)[..., None]).abs_() > limit.to(x.dtype)[:, None, None]  # (b, T, D)
         if mask is not None:
             hits &= mask[..., None]
-        _, position, dimension = hits.nonzero(as_tuple=True)
-        self._sum(outliers_by_dimension=torch.bincount(dimension, minlength=width))
-        self._sum(outliers_by_position=torch.bincount(position, minlength=x.shape[1]))
+        self._sum(outliers_by_dimension=hits.sum((0, 1)))
 
     def _sum(self, **parts: Tensor | int) -> None:
         for name, part in parts.items():
             part = torch.as_tensor(part)
             part = part if name.startswith("outliers") else part.double()
             before = self.sums.get(name)
-            if before is not None and name == "outliers_by_position":  # rows may differ in length
-                longest = max(len(before), len(part))
-                before, part = (torch.nn.functional.pad(one, (0, longest - len(one))) for one in (before, part))
             self.sums[name] = part if before is None else before + part
 
     def _max(self, **parts: Tensor) -> None:
@@ -169,11 +163,6 @@ class Statistics:
     def tokens(self) -> int:
         """Tokens taken in so far, N."""
         return int(self.sums.get("tokens", 0))
-
-    @property
-    def neuron_rms(self) -> Tensor:
-        """(D,) float64: s_j, the root mean square of each neuron over all tokens."""
-        return (self.sums["squares"] / self.sums["tokens"]).sqrt()
 
     def summary(self) -> dict[str, float]:
         """The asked-for metrics as plain numbers.
@@ -252,9 +241,7 @@ class AttentionStatistics:
         exact = torch.promote_types(probs.dtype, torch.float32)
         entropy = torch.special.entr(probs.to(exact)).sum(-1).double()  # (B, H, T)
         fits = mask is None or mask.shape == entropy[:, 0].shape
-        params.require(
-            fits, f"a mask of shape {tuple(mask.shape) if not fits else ''} does not fit the probabilities"
-        )
+        params.require(fits, f"a mask of shape {getattr(mask, 'shape', None)} does not fit the probabilities")
         real = torch.ones_like(entropy[:, 0], dtype=torch.bool) if mask is None else mask.bool().to(probs.device)
         entropy = entropy.masked_fill(~real[:, None], 0).sum((0, 2))
         self._sum({"rows": torch.tensor(len(probs)), "queries": real.sum(), "entropy": entropy})
@@ -286,8 +273,8 @@ class AttentionStatistics:
 def _spread(mask: Tensor, x: Tensor) -> Tensor:
     """The (B, T) mask as (B, tokens of x): repeated over what stands between axis 0 and the tokens."""
     batch, length = x.shape[0], x.shape[-2]
-    if mask.shape != (batch, length):
-        raise UserError(f"a mask of shape {tuple(mask.shape)} does not fit activations of shape {tuple(x.shape)}")
+    shapes = f"a mask of shape {tuple(mask.shape)} does not fit activations of shape {tuple(x.shape)}"
+    params.require(mask.shape == (batch, length), shapes)
     between = x.shape[1:-2].numel()
     return mask.bool().to(x.device)[:, None].expand(batch, between, length).flatten(1)
 

@@ -16,9 +16,9 @@ from importlib import resources
 
 from tqdm import tqdm
 
-from ofutils import UserError, data, families, hub, params, pool, train
+from ofutils import UserError, batches, data, families, hub, params, pool, quant, sentences, train
 from ofutils.probes import measure
-from ofutils.quant import QuantSettings, calibrate, quantized
+from ofutils.quant import QuantSettings
 from ofutils.records import differing
 from ofutils.resume import weights_digest
 from ofutils.streaming import STANDARD
@@ -29,17 +29,17 @@ from ofutils.transformer import clm_loss
 HELD_OUT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 
 
-@dataclass(frozen=True)
+@params.settings
 class Evaluation:
     """What is measured on a finished run, or on published checkpoints."""
 
     sites: tuple[str, ...] = ("resid_pre", "norm1", "attn_out", "norm2", "mlp_out", "resid_post", "norm_final")
-    batches: int = 16  # fixed validation batches, for the loss and the sites
-    batch: int = 16  # rows of each, and of each calibration batch
+    batches: params.Count = 16  # fixed validation batches, for the loss and the sites
+    batch: params.Count = 16  # rows of each, and of each calibration batch
     meters: tuple[str, ...] = STANDARD
     over_training: bool = False  # measure at the checkpoints of `train.log_spaced` too; their weights are kept
     text: str = ""  # published checkpoints: a text or parquet file; empty: HELD_OUT
-    context: int = 512  # published checkpoints: tokens of a row
+    context: params.Count = 512  # published checkpoints: tokens of a row
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Job:
             params.require(len(self.config.steps) > 0, f"{self.config.name}: no checkpoints to measure")
         labels = [one.label for one in self.settings]
         params.require(len(set(labels)) == len(labels), f"two quantization settings of a job are called {labels}")
+        same = len({one.batches for one in self.settings}) <= 1
+        params.require(same, "the settings of a job calibrate on equally many batches")
 
     @property
     def published(self) -> bool:
@@ -143,40 +145,38 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     if not run.has_weights:
         run = train.train(job.config, report=report, again=True, keep=keep)
     model = run.load()
-    evaluation = data.fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, context)
+    evaluation = batches.fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, context)
     store, environment = train.store(), params.environment() | {"corpus": tokens.corpus}
-    first, *others = _entries(job)
     results = [_measured(model, evaluation, job.evaluation)]
-    store.write(*first, results[0], environment)
-    for settings, entry in zip(job.settings, others, strict=False):
-        drawn = data.Batches(tokens.train, job.evaluation.batch, context, seed=10_000 + job.config.seed)
-        ranges = calibrate(model, [drawn.draw() for _ in range(settings.batches)], settings)
-        with quantized(model, settings, ranges):
-            results.append({"loss": measure(model, evaluation, loss=clm_loss).loss})
-        store.write(*entry, results[-1], environment)
+    drawn = batches.Batches(tokens.train, job.evaluation.batch, context, seed=10_000 + job.config.seed)
+    calibration = [drawn.at(number) for number in range(job.settings[0].batches if job.settings else 0)]
+    losses = quant.table(model, job.settings, calibration, lambda: measure(model, evaluation, loss=clm_loss).loss)
+    results += [{"loss": loss} for loss in losses]
+    for entry, result in zip(_entries(job), results, strict=False):
+        store.write(*entry, result, environment)
     return _read(job, run, results + _over_training(job, evaluation, {"corpus": tokens.corpus}))
 
 
-def _measured(model, batches: list, asked: Evaluation) -> dict:
-    return measure(model, batches, asked.sites, clm_loss, asked.meters).summary()
+def _measured(model, rows: list, asked: Evaluation) -> dict:
+    return measure(model, rows, asked.sites, clm_loss, asked.meters).summary()
 
 
 def _held_out(job: Job) -> tuple[list, str]:
     """Batches of held-out text for published checkpoints, in the tokens of their model, and the text's sha256."""
     one = job.evaluation
     corpus = data.load_corpus(one.text or str(hub.text(*HELD_OUT)))
-    ids = data.encode(hub.tokenizer(job.config.name, f"step{job.config.steps[0]}"), corpus)
-    return data.fixed_batches(ids, one.batches, one.batch, one.context), corpus.sha256
+    ids = sentences.encode(hub.tokenizer(job.config.name, f"step{job.config.steps[0]}"), corpus)
+    return batches.fixed_batches(ids, one.batches, one.batch, one.context), corpus.sha256
 
 
-def _over_training(job: Job, batches: list, environment: dict, report=None) -> list[dict]:
+def _over_training(job: Job, rows: list, environment: dict, report=None) -> list[dict]:
     """Measure every checkpoint that has no record yet, and write one each."""
     store, results, entries = train.store(), [], _entries(job)
     for entry, step in zip(entries[len(entries) - len(job.checkpoints) :], job.checkpoints, strict=True):
         record = store.find(*entry)
         if record is None or record["environment"]["corpus"] != environment["corpus"]:
             ((_, model),) = train.checkpoints(job.config, (step,))
-            found = _measured(families.with_sites(model), batches, job.evaluation)
+            found = _measured(families.with_sites(model), rows, job.evaluation)
             commit = {"commit": getattr(model.config, "commit", "")} if job.published else {}
             result = {"step": step, "weights": weights_digest(model), **found}
             record = store.write(*entry, result, params.environment() | environment | commit)
@@ -241,11 +241,9 @@ class Recipe:
         params.require(len(jobs) > 0, f"{self.name} has no {'grid' if grid else 'runs'} at scale {self.scale}")
         here = self.scale in ("tiny", "small") or params.device().type != "cpu"
         missing = [] if here else [job for job in jobs if not job.published and recall(job) is None]
-        if missing:
-            raise UserError(
-                f"{self.name} at scale {self.scale} needs a GPU: {len(missing)} of {len(jobs)} runs have "
-                f"no record here, e.g. {missing[0].label}; scales that work without: tiny, small"
-            )
+        of = f"{len(missing)} of {len(jobs)} runs have no record here, e.g. {missing[0].label if missing else None}"
+        needs = f"{self.name} at scale {self.scale} needs a GPU: {of}; scales that work without: tiny, small"
+        params.require(not missing, needs)
         return jobs
 
     def run(self, grid: bool = False, workers: int | None = None) -> list[Outcome]:
@@ -258,7 +256,7 @@ def _read_yaml(name: str) -> dict:
 
     folder = resources.files("ofutils") / "recipes"
     known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    params.require(name in known, f"unknown recipe {name!r}{params.suggest(name, known)}; known: {', '.join(known)}")
+    params.require_known("recipe", name, known)
     return yaml.safe_load((folder / f"{name}.yaml").read_text())
 
 
@@ -275,8 +273,8 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
     methods = chosen.get("methods", content["methods"])
     if "like" in chosen:  # another recipe's base, evaluation and quant, so that the two cannot drift apart
         other = _read_yaml(chosen["like"])["scales"][scale]
-        chosen = {**other, "lr": {}, "grid": [], **chosen, "base": other["base"] | chosen.get("base", {})}
-    params.require(steps >= 0 and seeds >= 0, f"steps and seeds must be at least 0, got {steps} and {seeds}")
+        base = params.merged(other["base"], chosen.get("base", {}))
+        chosen = other | {"lr": {}, "grid": []} | chosen | {"base": base}
     if "published" in chosen:  # nothing is trained: checkpoints are measured, up to the step asked for
         evaluation = params.build(Evaluation, chosen["evaluation"] | ({"text": corpus} if corpus else {}))
         at = tuple(step for step in chosen["checkpoints"] if step <= (steps or step))
@@ -290,8 +288,7 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
 
     def job(method: str, seed: int, **rate) -> Job:
         own = methods[method]
-        values = base | own | override | {"seed": seed} | rate
-        values["model"] = base["model"] | own.get("model", {})
+        values = params.merged(base, own) | override | {"seed": seed} | rate
         values["warmup"] = min(values["warmup"], values["steps"] // 4)
         return Job(method, params.build(TrainConfig, values), settings, evaluation)
 
@@ -303,13 +300,13 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
     return Recipe(name, scale, jobs, grid, chosen.get("workers"))
 
 
-@dataclass(frozen=True)
+@params.settings
 class Command:
     """Flags of `python -m ofutils.sweep`."""
 
     scale: str = "auto"
-    steps: int = 0
-    seeds: int = 0
+    steps: params.Natural = 0
+    seeds: params.Natural = 0
     corpus: str = ""
     workers: int = -1  # -1: what the recipe says
     grid: bool = False

@@ -1,18 +1,21 @@
 """Training: one configuration, one plain loop, resume to the bit.
 
-What a step does depends on the configuration and the step's number alone: the batch follows from seed and
-cursor, the learning rate from the schedule, dropout from a generator seeded by both. So the state to keep
+What a step does depends on the configuration and the step's number alone: the batch follows from the seed and
+that number, the learning rate from the schedule, dropout from a generator seeded by both. So the state to keep
 is the model, the optimizer and the log; a killed run that is started again ends in the same weights, to the
 bit on a CPU with the same number of threads (a GPU's fused attention does not promise its last bit).
 
     python -m ofutils.train --steps 200 --model.layers 4     flags, or --config run.yaml, or both
 """
 
+import math
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -22,61 +25,44 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ofutils import UserError, data, hub, optim, params, variants
+from ofutils.batches import Batches, fixed_batches
 from ofutils.probes import measure, resolve
 from ofutils.records import Store, differing, digest, warn_of_other_corpus
 from ofutils.resume import State, log_spaced, restore, save, save_weights
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
 
-OBJECTIVES = ("clm", "mlm", "pair", "image")
-_BUILT = ("clm",)
 SAVE_EVERY = 100  # steps between checkpoints; has no influence on the numbers
 
 
-@dataclass(frozen=True)
+@params.settings
 class TrainConfig:
     """All that decides the numbers of a run. Its name is the hash of what differs from the defaults."""
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
-    objective: str = "clm"  # clm | mlm | pair | image
+    objective: Literal["clm", "mlm", "pair", "image"] = "clm"
     start: str = ""  # name of the loaded model that training starts from; empty: a fresh one
     corpus: str = "stdlib"  # see data.load_corpus
-    characters: int = 0  # cap on the training text; 0: all of it
-    variant: str = "natural"  # of the text, see variants.VARIANTS
-    bpe: int = 0  # ids of the tokenizer; 0: as many as the model has
-    batch: int = 16  # rows of `model.context` tokens
-    steps: int = 500
-    warmup: int = 50  # steps of linear warm-up, then linear decay to 0
-    lr: float = 3e-3
-    optimizer: str = "adamw"  # adamw | soap
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    characters: params.Natural = 0  # cap on the text of each split; 0: all of it
+    variant: Literal[variants.VARIANTS] = "natural"  # of the text
+    bpe: params.Natural = 0  # ids of the tokenizer; 0: as many as the model has
+    batch: params.Count = 16  # rows of `model.context` tokens
+    steps: params.Count = 500
+    warmup: params.Natural = 50  # steps of linear warm-up, then linear decay to 0
+    lr: params.Positive = 3e-3
+    optimizer: Literal[optim.OPTIMIZERS] = "adamw"
+    betas: tuple[params.Fraction, params.Fraction] = (0.9, 0.95)
+    eps: params.NotNegative = 1e-8
+    weight_decay: params.NotNegative = 0.1
     decay_norm: bool = False  # decay the gains of norms too
-    clip: float = 1.0  # largest norm of the gradient
-    precision: str = "no"  # no | bf16 (mixed)
-    seed: int = 0
-    measure_every: int = 50  # steps between measurements; the last step is always measured
-    eval_batches: int = 2
+    clip: params.Positive = 1.0  # largest norm of the gradient
+    precision: Literal["no", "bf16"] = "no"  # bf16: mixed
+    seed: params.Natural = 0
+    measure_every: params.Count = 50  # steps between measurements; the last step is always measured
+    eval_batches: params.Count = 2
     sites: tuple[str, ...] = ("resid_post",)  # measured during training
 
     def __post_init__(self):
-        choices = {"objective": OBJECTIVES, "optimizer": optim.OPTIMIZERS, "precision": ("no", "bf16")}
-        for name, known in (choices | {"variant": variants.VARIANTS}).items():
-            if (value := getattr(self, name)) not in known:
-                near = params.suggest(value, known)
-                raise UserError(f"unknown {name} {value!r}{near}; known: {', '.join(known)}")
-        if self.objective not in _BUILT:
-            raise UserError(f"objective {self.objective!r} is not built yet; built: {', '.join(_BUILT)}")
-        for name in ("batch", "steps", "measure_every", "eval_batches"):
-            params.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("characters", "warmup", "eps", "weight_decay", "seed"):
-            params.require(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("lr", "clip"):
-            params.require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        params.require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"betas must be two numbers in [0, 1), got {self.betas}",
-        )
+        params.require(self.objective == "clm", f"objective {self.objective!r} is not built yet; built: clm")
         params.require(self.model.context >= 2, "a context of one token leaves nothing to predict")
         params.require(len(self.sites) > 0, "sites must name at least one site")
         params.require(self.bpe <= self.model.vocab, f"bpe {self.bpe} is more than model.vocab {self.model.vocab}")
@@ -116,13 +102,16 @@ class Run:
 
     def load(self) -> Transformer:
         """The trained model, in evaluation mode, on this machine's device."""
-        if not self.has_weights:
-            raise UserError(f"{self.config.name}: the record is here, its weights are not")
+        params.require(self.has_weights, f"{self.config.name}: the record is here, its weights are not")
         return _load(self.config, _folder(self.config) / "model.safetensors")
 
 
 def _folder(config: TrainConfig) -> Path:
     return params.out() / "runs" / config.name
+
+
+def _checkpoint(config: TrainConfig) -> Path:
+    return _folder(config) / "checkpoint.safetensors"
 
 
 def _load(config: TrainConfig, path: Path) -> Transformer:
@@ -188,6 +177,80 @@ def find(config: TrainConfig) -> Run | None:
     return Run(config, record)
 
 
+@dataclass(frozen=True)
+class Loop:
+    """What a step needs: the model as it is and as it is trained (wrapped), optimizer and batches; from `prepare`."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    model: Transformer
+    trained: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.accelerator.is_main_process
+
+    def step(self, number: int) -> Tensor:
+        """The step of that number, from 0 on; returns its loss, 0-d, on the device."""
+        config, device = self.config, self.accelerator.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * optim.schedule(number, config.steps, config.warmup)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        _seed_dropout(device, (config.seed * 1_000_003 + number) * 1_009 + rank)
+        batch = self.batches.at(number)[rank::world].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = clm_loss(self.trained(batch), batch)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def _seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed this device alone: cheaper than `torch.manual_seed`, which seeds all."""
+    cuda = torch.cuda.default_generators[torch.cuda.current_device()] if device.type == "cuda" else None
+    (cuda or torch.default_generator).manual_seed(seed)
+
+
+@cache
+def slowness_of_bf16() -> float:
+    """How many times as long a matrix product takes on this CPU in bf16 as in float32."""
+    took = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=dtype)
+        took.append(min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=5)))
+    return took[1] / took[0]
+
+
+def prepare(
+    config: TrainConfig, tokens: data.Tokens, accelerator: Accelerator, model: Transformer | None = None
+) -> Loop:
+    """Everything that a run needs before its first step.
+
+    Args:
+        model: where training starts; None: fresh weights that follow from the seed.
+
+    Raises:
+        UserError: an unknown site, a text shorter than a batch, a batch that does not split over the processes.
+    """
+    world = accelerator.num_processes
+    params.require(config.batch % world == 0, f"a batch of {config.batch} does not split over {world} processes")
+    batches = Batches(tokens.train, config.batch, config.model.context, config.seed)
+    torch.manual_seed(config.seed)
+    model = model or Transformer(config.model)
+    resolve(model, config.sites)
+    if config.precision == "bf16" and accelerator.device.type == "cpu" and (times := slowness_of_bf16()) > 1.1:
+        print(f"precision bf16: a matrix product takes {times:.1f} times as long as in fp32 on this CPU")
+    recipe = config.lr, config.betas, config.eps, config.weight_decay, config.decay_norm
+    trained, optimizer = accelerator.prepare(model, optim.make(config.optimizer, model, *recipe))
+    model.train()
+    return Loop(config, accelerator, model, trained, optimizer, batches)
+
+
 def train(
     config: TrainConfig,
     model: Transformer | None = None,
@@ -210,10 +273,10 @@ def train(
         The finished run. One whose loss stopped being finite is finished too, see `Run.diverged`.
 
     Raises:
-        UserError: a bad corpus, a checkpoint of another corpus, a full disk.
+        UserError: a bad corpus, a checkpoint of another corpus, a full disk, and what `prepare` refuses.
     """
-    if (model is None) == bool(config.start):
-        raise UserError("a run that starts from a loaded model needs both the model and config.start, its name")
+    named = (model is None) != bool(config.start)
+    params.require(named, "a run that starts from a loaded model needs both the model and config.start, its name")
     wanted = log_spaced(config.steps) if keep else ()
     whole = all(kept(config, step).is_file() for step in wanted)
     if not again and (run := find(config)) and (whole or run.diverged):
@@ -221,103 +284,71 @@ def train(
     accelerator = Accelerator(cpu=params.device().type == "cpu")
     with accelerator.main_process_first():
         tokens = load_tokens(config)
-    batches = data.Batches(tokens.train, config.batch, config.model.context, config.seed)
-    evaluation = data.fixed_batches(tokens.validation, config.eval_batches, config.batch, config.model.context)
-    world, rank = accelerator.num_processes, accelerator.process_index
-    if config.batch % world:
-        raise UserError(f"a batch of {config.batch} does not split over {world} processes")
-    torch.manual_seed(config.seed)
-    model = model or Transformer(config.model)
-    optimizer = optim.make(
-        config.optimizer, model, config.lr, config.betas, config.eps, config.weight_decay, config.decay_norm
-    )
-    trained, stepper = accelerator.prepare(model, optimizer)
-    checkpoint = _folder(config) / "checkpoint.safetensors"
-    if keep and not kept(config, 0).is_file():
-        checkpoint.unlink(missing_ok=True)  # begun without keeping: the early weights need a new start
-    state = restore(checkpoint, model, optimizer, tokens.corpus) if checkpoint.is_file() else State()
-    state.loss_sum = state.loss_sum.to(accelerator.device)
-    if report is None:
-        report = _bar(config, state.step, shown=accelerator.is_main_process)
+    loop = prepare(config, tokens, accelerator, model)
+    evaluation = fixed_batches(tokens.validation, config.eval_batches, config.batch, config.model.context)
+    state = _begin(loop, wanted, tokens.corpus)
+    report = report or _bar(config, state.step, shown=loop.writes)
+    while state.step < config.steps and state.diverged is None:
+        loss = loop.step(state.step)
+        state.add(loss)
+        last = state.step == config.steps
+        if last or state.step % config.measure_every == 0:
+            _measure(state, loop, evaluation)
+        if loop.writes and state.step in wanted:
+            save_weights(kept(config, state.step), loop.model)
+        if last or state.step % 10 == 0:
+            report(state.step, float(loss))
+        if loop.writes and state.step % save_every == 0 and not last and state.diverged is None:
+            save(_checkpoint(config), loop.model, loop.optimizer, state, tokens.corpus)
+    return _finish(loop, state, tokens.corpus)
 
-    resolve(model, config.sites)  # an unknown site is an error before the training, not after
-    place = accelerator.device.type
-    mixed = torch.autocast(place, torch.bfloat16, enabled=config.precision == "bf16")
-    generators = torch.cuda.default_generators if place == "cuda" else [torch.default_generator]
-    dropout_generator = generators[torch.cuda.current_device() if place == "cuda" else 0]
-    model.train()
-    if state.step == 0 and accelerator.is_main_process:
+
+def _begin(loop: Loop, wanted: tuple[int, ...], corpus: str) -> State:
+    """Where the run stands: at its checkpoint, or at its start, whose weights are kept if they are wanted."""
+    config, checkpoint = loop.config, _checkpoint(loop.config)
+    if wanted and not kept(config, 0).is_file():
+        checkpoint.unlink(missing_ok=True)  # begun without keeping: the early weights need a new start
+    if checkpoint.is_file():
+        return restore(checkpoint, loop.model, loop.optimizer, corpus)
+    if loop.writes:
         for old in _folder(config).glob("step-*.safetensors"):
             old.unlink()
-    wanted = wanted if accelerator.is_main_process else ()
-    if 0 in wanted and state.step == 0:
-        save_weights(kept(config, 0), model)
-    while state.step < config.steps and state.diverged is None:
-        dropout_generator.manual_seed((config.seed * 1_000_003 + state.step) * 1_009 + rank)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * optim.schedule(state.step, config.steps, config.warmup)
-        batches.cursor = state.step
-        batch = batches.draw()[rank::world].to(accelerator.device)
-        with mixed:
-            loss = clm_loss(trained(batch), batch)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), config.clip)
-        stepper.step()
-        stepper.zero_grad()
-        state.step += 1
-        state.loss_sum += loss.detach()
-        state.loss_count += 1
-        if state.step % config.measure_every == 0 or state.step == config.steps:
-            state.loss_sum = accelerator.reduce(state.loss_sum, "mean")
-            _measure(state, config, model, evaluation)
-        if state.step in wanted:
-            save_weights(kept(config, state.step), model)
-        if state.step % 10 == 0 or state.step == config.steps:
-            report(state.step, float(loss.detach()))
-        going_on = state.step < config.steps and state.diverged is None
-        if state.step % save_every == 0 and going_on and accelerator.is_main_process:
-            save(checkpoint, model, optimizer, state, tokens.corpus)
-
-    accelerator.wait_for_everyone()
-    result = {"log": state.log, "diverged": state.diverged}
-    if accelerator.is_main_process:
-        save_weights(checkpoint.with_name("model.safetensors"), model)
-        environment = params.environment() | {"corpus": tokens.corpus}
-        record = store().write("train", differing(config), result, environment)
-        checkpoint.unlink(missing_ok=True)
-    else:
-        record = {"name": config.name, "environment": {}, "result": result}
-    accelerator.wait_for_everyone()
-    return Run(config, record)
+        if wanted:
+            save_weights(kept(config, 0), loop.model)
+    return State()
 
 
-def _measure(state: State, config: TrainConfig, model: Transformer, evaluation: list[Tensor]) -> None:
-    train_loss = float(state.loss_sum) / state.loss_count
-    state.loss_sum.zero_()
-    state.loss_count = 0
-    found = measure(model, evaluation, config.sites, clm_loss).summary()
+def _measure(state: State, loop: Loop, evaluation: list[Tensor]) -> None:
+    config, found = loop.config, measure(loop.model, evaluation, loop.config.sites, clm_loss).summary()
+    train_loss = float(loop.accelerator.reduce(state.loss_sum, "mean")) / state.loss_count
     lr = config.lr * optim.schedule(state.step - 1, config.steps, config.warmup)
     state.log.append({"step": state.step, "train_loss": train_loss, "lr": lr, **found})
-    if not (abs(train_loss) < float("inf") and abs(found["loss"]) < float("inf")):
+    state.loss_sum, state.loss_count = torch.zeros_like(state.loss_sum), 0
+    if not (math.isfinite(train_loss) and math.isfinite(found["loss"])):
         state.diverged = state.step
 
 
+def _finish(loop: Loop, state: State, corpus: str) -> Run:
+    """Write weights and record, and take the checkpoint away."""
+    config, result = loop.config, {"log": state.log, "diverged": state.diverged}
+    record = {"name": config.name, "environment": {}, "result": result}
+    loop.accelerator.wait_for_everyone()
+    if loop.writes:
+        save_weights(_folder(config) / "model.safetensors", loop.model)
+        record = store().write("train", differing(config), result, params.environment() | {"corpus": corpus})
+        _checkpoint(config).unlink(missing_ok=True)
+    loop.accelerator.wait_for_everyone()
+    return Run(config, record)
+
+
 def _bar(config: TrainConfig, done: int, shown: bool) -> Callable[[int, float], None]:
-    bar = tqdm(
-        total=config.steps,
-        initial=done,
-        desc=config.name,
-        unit="step",
-        mininterval=2,
-        leave=False,
-        disable=not shown,
-    )
-    tokens, began = config.batch * config.model.context, time.monotonic()
+    tokens, look = config.batch * config.model.context, {"unit": " tokens", "unit_scale": True, "desc": config.name}
+    total, initial = tokens * config.steps, tokens * done
+    bar = tqdm(total=total, initial=initial, mininterval=2, leave=False, disable=not shown, **look)
 
     def report(step: int, loss: float) -> None:
-        rate = tokens * (step - done) / max(1e-9, time.monotonic() - began)
-        bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
-        bar.update(step - bar.n)
+        bar.set_postfix_str(f"step {step}, loss {loss:.3f}", refresh=False)
+        bar.update(tokens * step - bar.n)
         if step == config.steps:
             bar.close()
 

@@ -1,110 +1,86 @@
 """One transformer with named sites, by configuration: the OPT recipe, its remedies, the OP block, and the
 forms of BERT, RoBERTa, GPT-2 and GPT-NeoX."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import field
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ofutils import UserError, params
-from ofutils.attention import GATES, QK_NORMS, Gate, QKNorm, clipped_softmax, rotated
+from ofutils.attention import AttentionConfig, Gate, QKNorm, clipped_softmax, rotated
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
-@dataclass(frozen=True)
+@params.settings
+class EmbeddingConfig:
+    """How tokens and their positions enter: OPT by default."""
+
+    width: params.Natural = 0  # 0: the model's; OPT-350m embeds in fewer dimensions and projects in and out
+    scale: float = 1.0  # fixed factor on the token embedding
+    segments: params.Natural = 0  # token types
+    norm: bool = False  # a LayerNorm on the sum of the embeddings
+    positions: Literal["learned", "rotary"] = "learned"
+    skip_padding: bool = True  # learned positions count tokens only (OPT, RoBERTa), not padding (BERT, GPT-2)
+    rotary_share: Annotated[float, "above 0", "at most 1"] = 1.0  # of each head's width, from its start
+    rotary_base: params.Positive = 10000.0
+
+
+@params.settings
 class TransformerConfig:
     """A transformer: OPT by default (causal, pre-LN, ReLU, learned positions, tied head).
 
-    Clipped softmax: set `gamma` (at most 0), or `alpha` for gamma = -alpha / context. OP block: `norm`
-    none, `qk_norm` layernorm or rmsnorm, `residual_gain` below 1, `final_norm` off. BERT: `causal` off,
-    `norm_position` post, `activation` gelu, `embed_norm` on, `segments` 2, `head` mlm. GPT-2:
-    `activation` gelu_tanh. GPT-NeoX: `positions` rotary, `parallel` on, `head` untied.
+    OP block: `norm` none, `attention` with a `qk_norm`, `residual_gain` below 1, `final_norm` off. BERT: `causal`
+    off, `norm_position` post, `activation` gelu, `head` mlm, `embedding` with a `norm`, two `segments` and no
+    `skip_padding`. GPT-2: `activation` gelu_tanh, `embedding` with no `skip_padding`. GPT-NeoX: `parallel` on, `head`
+    untied, `embedding` with rotary `positions`.
     """
 
-    vocab: int = 2048
-    layers: int = 6
-    width: int = 128
-    heads: int = 4
-    mlp_width: int = 0  # 0: 4 x width
-    context: int = 128  # the longest row
-    embed_width: int = 0  # 0: width; OPT-350m embeds in fewer dimensions and projects in and out
-    norm: str = "layernorm"  # layernorm | none
-    norm_position: str = "pre"  # pre | post (OPT-350m)
-    final_norm: bool = True  # after the last block; never with norm_position post
-    gamma: float = 0.0  # clipped softmax
-    alpha: float = 0.0  # clipped softmax, by gamma = -alpha / context
-    zeta: float = 1.0  # clipped softmax
-    gate: str = "none"  # none | linear | mlp | all_heads
-    gate_hidden: int = 4  # width of the hidden layer of the mlp gate
-    pi_init: float = 0.5  # the gate's value at a zero input
-    qk_norm: str = "none"  # none | layernorm | rmsnorm
-    residual_gain: float = 1.0  # scalar on both branches, trained; 1 is a plain sum without a parameter
-    embed_scale: float = 1.0  # fixed factor on the token embedding
-    dropout: float = 0.0  # on both branches, as in OPT; embeddings and attention probabilities have none
-    init_std: float = 0.02  # of every matrix and embedding
+    vocab: params.Count = 2048
+    layers: params.Count = 6
+    width: params.Count = 128
+    heads: params.Count = 4
+    mlp_width: params.Natural = 0  # 0: 4 x width
+    context: params.Count = 128  # the longest row
     causal: bool = True  # False: every position sees the whole row
-    activation: str = "relu"  # relu | gelu (exact) | gelu_tanh (its approximation)
-    norm_eps: float = 1e-5  # of every LayerNorm but those of qk_norm
-    embed_norm: bool = False  # a LayerNorm on the sum of the embeddings
-    segments: int = 0  # token types
-    positions: str = "learned"  # learned | rotary
-    skip_padding: bool = True  # learned positions count tokens only (OPT, RoBERTa), not padding (BERT, GPT-2)
-    rotary_share: float = 1.0  # of each head's width, from its start
-    rotary_base: float = 10000.0
+    norm: Literal["layernorm", "none"] = "layernorm"
+    norm_position: Literal["pre", "post"] = "pre"  # post: BERT, OPT-350m
+    norm_eps: params.Positive = 1e-5  # of every LayerNorm but those of qk_norm
+    final_norm: bool = True  # after the last block; never with norm_position post
+    activation: Literal["relu", "gelu", "gelu_tanh"] = "relu"  # gelu is the exact one, gelu_tanh its approximation
     parallel: bool = False  # attention and MLP both read the block's input, each through its own norm
-    head: str = "tied"  # tied | untied | mlm (dense, activation, norm, tied with a bias) | none
+    residual_gain: float = 1.0  # scalar on both branches, trained; 1 is a plain sum without a parameter
+    dropout: params.Fraction = 0.0  # on both branches, as in OPT; embeddings and attention probabilities have none
+    init_std: params.Positive = 0.02  # of every matrix and embedding
+    head: Literal["tied", "untied", "mlm", "none"] = "tied"  # mlm: dense, activation, norm, tied with a bias
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
 
     def __post_init__(self):
-        _one_of("norm", self.norm, ("layernorm", "none"))
-        _one_of("norm_position", self.norm_position, ("pre", "post"))
-        _one_of("gate", self.gate, GATES)
-        _one_of("qk_norm", self.qk_norm, QK_NORMS)
-        _one_of("activation", self.activation, tuple(ACTIVATIONS))
-        _one_of("positions", self.positions, ("learned", "rotary"))
-        _one_of("head", self.head, ("tied", "untied", "mlm", "none"))
-        for name in ("mlp_width", "embed_width", "segments"):
-            params.require(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("init_std", "norm_eps", "rotary_base"):
-            params.require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("vocab", "layers", "width", "heads", "context", "gate_hidden"):
-            params.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         params.require(self.width % self.heads == 0, f"width {self.width} does not split into {self.heads} heads")
-        params.require(self.gamma <= 0, f"gamma must be at most 0, got {self.gamma}")
-        params.require(self.alpha >= 0, f"alpha must be at least 0, got {self.alpha}")
-        params.require(not (self.alpha and self.gamma), "set gamma or alpha, not both")
-        params.require(self.zeta >= 1, f"zeta must be at least 1, got {self.zeta}")
-        params.require(0 < self.pi_init < 1, f"pi_init must lie between 0 and 1, got {self.pi_init}")
-        params.require(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
         params.require(not (self.parallel and self.norm_position == "post"), "parallel needs norm_position pre")
-        params.require(0 < self.rotary_share <= 1, f"rotary_share must lie in (0, 1], got {self.rotary_share}")
-        pairs = self.positions == "learned" or (self.rotary_width >= 2 and self.rotary_width % 2 == 0)
-        params.require(
-            pairs, f"rotary positions turn pairs: rotary_share gives {self.rotary_width} entries of a head"
-        )
+        turned = self.rotary_width
+        pairs = self.embedding.positions == "learned" or (turned >= 2 and turned % 2 == 0)
+        params.require(pairs, f"rotary positions turn pairs: rotary_share gives {turned} entries of a head")
 
     @property
     def clip_gamma(self) -> float:
         """gamma of the clipped softmax, however it was set. 0 with zeta 1: the plain softmax."""
-        return -self.alpha / self.context if self.alpha else self.gamma
-
-    @property
-    def clipped(self) -> bool:
-        """Whether attention clips its softmax."""
-        return self.clip_gamma < 0 or self.zeta > 1
+        return -self.attention.alpha / self.context if self.attention.alpha else self.attention.gamma
 
     @property
     def rotary_width(self) -> int:
         """How many of the K entries of a head turn with the position; 0 without rotary positions."""
-        return int(self.rotary_share * (self.width // self.heads)) if self.positions == "rotary" else 0
+        rotary = self.embedding.positions == "rotary"
+        return int(self.embedding.rotary_share * (self.width // self.heads)) if rotary else 0
 
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    near = params.suggest(value, known)
-    params.require(value in known, f"unknown {name} {value!r}{near}; known: {', '.join(known)}")
+    @property
+    def embed_width(self) -> int:
+        """Dimensions of the token embedding."""
+        return self.embedding.width or self.width
 
 
 class Attention(nn.Module):
@@ -113,16 +89,16 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        head_width, normed = config.width // config.heads, config.qk_norm != "none"
+        head_width, own = config.width // config.heads, config.attention
         self.q = nn.Linear(config.width, config.width)
         self.k = nn.Linear(config.width, config.width)
         self.v = nn.Linear(config.width, config.width)
         self.attn_out = nn.Linear(config.width, config.width)
-        self.q_norm = QKNorm(config.qk_norm, head_width) if normed else nn.Identity()
-        self.k_norm = QKNorm(config.qk_norm, head_width) if normed else nn.Identity()
-        self.gate = None
-        if config.gate != "none":
-            self.gate = Gate(config.gate, config.heads, head_width, config.gate_hidden, config.pi_init)
+        self.q_norm, self.k_norm, self.gate = nn.Identity(), nn.Identity(), None
+        if own.qk_norm != "none":
+            self.q_norm, self.k_norm = QKNorm(own.qk_norm, head_width), QKNorm(own.qk_norm, head_width)
+        if own.gate != "none":
+            self.gate = Gate(own.gate, config.heads, head_width, own.gate_hidden, own.pi_init)
         self.scores, self.probs, self.context, self.gated = (nn.Identity() for _ in range(4))
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -132,7 +108,7 @@ class Attention(nn.Module):
         )
         q, k = self.q_norm(q), self.k_norm(k)
         if turned := self.config.rotary_width:
-            q, k = (rotated(part, turned, self.config.rotary_base) for part in (q, k))
+            q, k = (rotated(part, turned, self.config.embedding.rotary_base) for part in (q, k))
         context = self._mix(q, k, v, visible)
         context = self.context(context.transpose(1, 2).flatten(2))  # (B, T, D)
         if self.gate is not None:
@@ -142,7 +118,7 @@ class Attention(nn.Module):
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         watched = self.scores._forward_hooks or self.probs._forward_hooks
         plain_causal = self.config.causal and visible is None
-        if not watched and not self.config.clipped:
+        if not watched and not self.config.attention.clips:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=plain_causal)
         with torch.autocast(q.device.type, enabled=False):  # scores in float32, as in the fused path
             exact = torch.promote_types(q.dtype, torch.float32)
@@ -151,8 +127,8 @@ class Attention(nn.Module):
         if plain_causal:
             visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()  # (T, T)
         if visible is not None:
-            scores = scores.masked_fill(~visible, float("-inf"))
-        return self.probs(clipped_softmax(scores, self.config.clip_gamma, self.config.zeta)).to(v.dtype) @ v
+            scores = scores + torch.zeros_like(visible, dtype=exact).masked_fill_(~visible, float("-inf"))
+        return self.probs(clipped_softmax(scores, self.config.clip_gamma, self.config.attention.zeta)).to(v.dtype) @ v
 
 
 class Block(nn.Module):
@@ -196,7 +172,7 @@ class Block(nn.Module):
 
     def sites(self) -> dict[str, nn.Module]:
         """Site name -> module, in the order of computation (pre-norm)."""
-        inner = ("q", "k", "v", "q_norm", "k_norm", "scores", "probs", "context", "gated", "attn_out")
+        inner = ("q", "k", "v", "q_norm", "k_norm", "scores", "probs", "context", "gate", "gated", "attn_out")
         middle = () if self.parallel else ("resid_mid",)
         outer = (*middle, "norm2", "mlp_in", "mlp_act", "mlp_out", "resid_post")
         sites = {"resid_pre": self.resid_pre, "norm1": self.norm1}
@@ -212,7 +188,7 @@ class Head(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        width, mlm = config.embed_width or config.width, config.head == "mlm"
+        width, mlm = config.embed_width, config.head == "mlm"
         self.activation = ACTIVATIONS[config.activation]
         self.dense = nn.Linear(width, width) if mlm else None
         self.norm = nn.LayerNorm(width, config.norm_eps) if mlm else None
@@ -233,13 +209,13 @@ class Transformer(nn.Module):
     types), `embed_typed` (tokens and token types), `embed_positions` ((T, D), or (B, T, D) where they depend
     on the padding), `embed_sum`, `embed_norm`; per block `resid_pre`, `norm1`, `q`, `k`, `v` (before scaling,
     norm and rotation), `q_norm`, `k_norm`, `scores` (scaled, before the mask), `probs`, `context` (before
-    the gate), `gated`, `attn_out` (before the gain), `resid_mid`, `norm2`, `mlp_in`, `mlp_act` (after the
-    activation), `mlp_out`, `resid_post` (the sums; in post-LN they stand before the norms); then
+    the gate), `gate` (B, T, H), `gated`, `attn_out` (before the gain), `resid_mid`, `norm2`, `mlp_in`, `mlp_act`
+    (after the activation), `mlp_out`, `resid_post` (the sums; in post-LN they stand before the norms); then
     `norm_final`, `project_out`, `logits`.
 
-    What a form does not compute is no site of it: `embed_segments`, `embed_typed` and `embed_norm` unless configured,
-    `embed_positions` with rotary positions, `resid_mid` with parallel branches, `logits` with `head` none,
-    whose output is the last hidden state (B, T, D). A norm that is configured away passes its input on and
+    What a form does not compute is no site of it: `embed_segments`, `embed_typed`, `embed_norm` and `gate` unless
+    configured, `embed_positions` with rotary positions, `resid_mid` with parallel branches, `logits` with `head`
+    none, whose output is the last hidden state (B, T, D). A norm that is configured away passes its input on and
     keeps its site; so does `norm_final` in post-LN, where it is the last block's `norm2`.
     While neither `scores` nor `probs` is watched, plain attention takes the fused path.
     """
@@ -247,20 +223,19 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
-        embed_width = config.embed_width or config.width
-        narrow = embed_width != config.width
-        learned = config.positions == "learned"
+        embed_width, segments = config.embed_width, config.embedding.segments
+        narrow, learned = embed_width != config.width, config.embedding.positions == "learned"
         self.token_embedding = nn.Embedding(config.vocab, embed_width)
         self.position_embedding = nn.Embedding(config.context, config.width) if learned else None
-        self.segment_embedding = nn.Embedding(config.segments, config.width) if config.segments else None
+        self.segment_embedding = nn.Embedding(segments, config.width) if segments else None
         self.project_in = nn.Linear(embed_width, config.width, bias=False) if narrow else None
-        self.embed_norm = nn.LayerNorm(config.width, config.norm_eps) if config.embed_norm else None
+        self.embed_norm = nn.LayerNorm(config.width, config.norm_eps) if config.embedding.norm else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm_final = _norm(config) if config.final_norm and config.norm_position == "pre" else nn.Identity()
         self.project_out = nn.Linear(config.width, embed_width, bias=False) if narrow else None
         self.head = Head(config) if config.head != "none" else None
         self.embed_tokens, self.embed_sum = nn.Identity(), nn.Identity()
-        self.embed_segments, self.embed_typed = (nn.Identity() if config.segments else None for _ in range(2))
+        self.embed_segments, self.embed_typed = (nn.Identity() if segments else None for _ in range(2))
         self.embed_positions = nn.Identity() if learned else None
         self.logits = nn.Identity() if self.head is not None else None
         self.reset_parameters()
@@ -303,7 +278,7 @@ class Transformer(nn.Module):
         return x if self.head is None else self.logits(self.head(x, self.token_embedding.weight))
 
     def _embedded(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
-        x = self.embed_tokens(self.token_embedding(ids) * self.config.embed_scale)
+        x = self.embed_tokens(self.token_embedding(ids) * self.config.embedding.scale)
         x = x if self.project_in is None else self.project_in(x)  # (B, T, D)
         if self.segment_embedding is not None:
             segments = torch.zeros_like(ids) if segments is None else segments
@@ -312,7 +287,7 @@ class Transformer(nn.Module):
             raise UserError("token types other than 0 for a model without segments: leave token_type_ids out")
         if self.position_embedding is not None:
             positions = self.position_embedding.weight[: ids.shape[1]]  # (T, D)
-            if mask is not None and self.config.skip_padding:
+            if mask is not None and self.config.embedding.skip_padding:
                 positions = self.position_embedding((mask.long().cumsum(1) - 1).clamp(min=0))  # (B, T, D)
             x = x + self.embed_positions(positions)
         x = self.embed_sum(x)
@@ -326,17 +301,9 @@ class Transformer(nn.Module):
 
     def sites(self) -> dict[str, nn.Module]:
         """Site name -> the module whose output it is, in the order of computation."""
-        first = (
-            "embed_tokens",
-            "project_in",
-            "embed_segments",
-            "embed_typed",
-            "embed_positions",
-            "embed_sum",
-            "embed_norm",
-        )
+        first = ("embed_tokens", "project_in", "embed_segments", "embed_typed", "embed_positions")
         blocks = {f"blocks.{i}.{n}": m for i, block in enumerate(self.blocks) for n, m in block.sites().items()}
-        sites = {n: getattr(self, n) for n in first} | blocks
+        sites = {n: getattr(self, n) for n in (*first, "embed_sum", "embed_norm")} | blocks
         sites |= {n: getattr(self, n) for n in ("norm_final", "project_out", "logits")}
         return {name: module for name, module in sites.items() if module is not None}
 
@@ -352,9 +319,5 @@ def clm_loss(logits: Tensor, ids: Tensor) -> Tensor:
         logits: (B, T, V).
         ids: (B, T).
     """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss); inf where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)  # ignored; a slice of the logits would be copied, both ways
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())

@@ -35,13 +35,13 @@ def transformed(tokens, variant: str, vocab: int, context: int):
         A `data.Tokens` with ids below `vocab`.
 
     Raises:
-        UserError: a variant that needs more ids than the tokenizer has, and has none.
+        UserError: a variant that needs ids beyond the tokenizer's, where the model has none to spare.
     """
     if variant == "natural":
         return tokens
-    needs = variant not in ("shuffled", "uniform")
+    enough = vocab > tokens.vocab or variant in ("shuffled", "uniform")
     few = f"variant {variant!r} needs ids beyond the tokenizer's {tokens.vocab}: set bpe below model.vocab"
-    params.require(vocab > tokens.vocab or not needs, few)
+    params.require(enough, few)
     copies = np.full(tokens.vocab, vocab // tokens.vocab)
     if variant == "flattened":
         copies = split_sizes(np.bincount(tokens.train, minlength=tokens.vocab), vocab)

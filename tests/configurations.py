@@ -2,7 +2,7 @@
 
 from ofutils.transformer import TransformerConfig
 
-_WORDS = "return the first of two open files that were not read before it is closed".split()
+_WORDS = "return the first of two open files that were not read before it is closed"
 
 SMALL = TransformerConfig(vocab=300, layers=2, width=16, heads=2, context=16)
 ENCODER = TransformerConfig(  # like BERT, without a head
@@ -13,24 +13,30 @@ ENCODER = TransformerConfig(  # like BERT, without a head
     context=16,
     causal=False,
     norm_position="post",
-    embed_norm=True,
+    embedding={"norm": True},
     head="none",
 )
 METHODS = {
     "vanilla": {},
-    "clipped": {"alpha": 2.0},
-    "linear gate": {"gate": "linear", "pi_init": 0.25},
-    "mlp gate": {"gate": "mlp"},
-    "all heads gate": {"gate": "all_heads"},
-    "OP layernorm": {"norm": "none", "qk_norm": "layernorm", "residual_gain": 0.2, "final_norm": False},
-    "OP rmsnorm": {"norm": "none", "qk_norm": "rmsnorm", "residual_gain": 0.2, "final_norm": False},
+    "clipped": {"attention": {"alpha": 2.0}},
+    "linear gate": {"attention": {"gate": "linear", "pi_init": 0.25}},
+    "mlp gate": {"attention": {"gate": "mlp"}},
+    "all heads gate": {"attention": {"gate": "all_heads"}},
+    "OP layernorm": {
+        "norm": "none",
+        "attention": {"qk_norm": "layernorm"},
+        "residual_gain": 0.2,
+        "final_norm": False,
+    },
+    "OP rmsnorm": {"norm": "none", "attention": {"qk_norm": "rmsnorm"}, "residual_gain": 0.2, "final_norm": False},
     "post": {"norm_position": "post"},
-    "narrow": {"embed_width": 8},
+    "narrow": {"embedding": {"width": 8}},
     "dropout": {"dropout": 0.1},
 }
 
 
 def sentences(count):
     """So many different sentences."""
-    rows = [" ".join(_WORDS[place * step % len(_WORDS)] for step in range(3, 12)) for place in range(1, count + 1)]
+    words = _WORDS.split()
+    rows = [" ".join(words[place * step % len(words)] for step in range(3, 12)) for place in range(1, count + 1)]
     return [f"{row} {place}." for place, row in enumerate(rows)]

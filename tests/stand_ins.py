@@ -19,7 +19,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from ofutils import hub, tasks
+from ofutils import hub
+from ofutils.studies.bert_outliers import tasks
 
 LAYERS = 2
 ROWS = {"embedding": 512, "matrix": 8}  # rows of a matrix that are random, not zero

@@ -35,7 +35,7 @@ def test_a_run_succeeds_and_changes_no_tracked_file(tmp_path):
             "UserError: unknown parameter 'stpes' (did you mean 'steps'?); known: scale, steps, seeds",
         ),
         (("-p", "steps", "hello"), "UserError: parameter steps: expected int, got 'hello'"),
-        (("-p", "scale", "smal"), "UserError: unknown scale 'smal' (asked for) (did you mean 'small'?)"),
+        (("-p", "scale", "smal"), "UserError: unknown scale (asked for) 'smal' (did you mean 'small'?)"),
         (("-p", "corpus", "nowhere.txt"), "UserError: corpus 'nowhere.txt': no such file or folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

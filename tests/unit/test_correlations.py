@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ofutils import UserError, correlations
+from ofutils import UserError
+from ofutils.studies.token_frequency import correlations
 
 VOCAB, WIDTH = 40, 6
 ASKED = [
@@ -274,7 +275,7 @@ def test_bad_input_is_one_clear_line(given):
     for wrong in ({"coverage": 1.5}, {"draws": 0}):
         with pytest.raises(UserError, match=r"coverage in \(0, 1\) and some draws"):
             followed.interval("raw", "all", "zipf", **wrong)
-    with pytest.raises(UserError, match="dimension 6 is out of range: the site has dimensions 0 to 5"):
+    with pytest.raises(UserError, match="dimension 6 is out of range: there are dimensions 0 to 5"):
         correlations.correlate(model, [batch], counts, kept, "site", [6])
 
 

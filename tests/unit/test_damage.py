@@ -1,12 +1,14 @@
 import pytest
 import torch
 
-from ofutils import UserError, damage, heads, hub, metrics, probes
+from ofutils import UserError, heads, hub, metrics, probes
 from ofutils.families import from_hf
+from ofutils.studies.bert_outliers import damage
 from ofutils.transformer import Transformer, TransformerConfig
 from tests.configurations import sentences
 
-FORM = {"causal": False, "norm_position": "post", "embed_norm": True, "activation": "gelu", "skip_padding": False}
+FORM = {"causal": False, "norm_position": "post", "activation": "gelu"}
+FORM |= {"embedding": {"norm": True, "skip_padding": False}}
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +119,23 @@ def test_geometry_over_batches_is_the_anisotropy_of_all_tokens(prepared):
     assert found["all"] == pytest.approx(float(metrics.anisotropy(tokens)), rel=1e-5)
     assert found["rest"] == pytest.approx(float(metrics.anisotropy(tokens[:, rest])), rel=1e-4)
     assert found["all"] > 0.9 > found["rest"]
+
+
+def test_a_profile_says_at_which_tokens_and_with_which_sign():
+    model = Transformer(TransformerConfig(vocab=60, layers=3, width=32, heads=2, context=8, **FORM)).eval()
+    ids = torch.tensor([[1, 2, 3, 0], [1, 4, 2, 5]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    groups = torch.full((60,), 1)
+    groups[1] = 0  # id 1 starts every row
+    row, other = damage.profile(
+        model, [{"input_ids": ids, "attention_mask": mask}], [3, 8], groups, ("start", "other"), "blocks.2.norm2"
+    )
+    with probes.capture(model, "blocks.2.norm2") as kept, torch.no_grad():
+        model(ids, attention_mask=mask)
+    x = kept["blocks.2.norm2"][mask.bool()][:, 3]
+    starts = torch.tensor([0, 3])
+    assert row["dimension"] == 3 and other["dimension"] == 8
+    assert row["largest |x| at start"] == pytest.approx(float(x[starts].abs().max()))
+    assert row["largest |x| at other"] == pytest.approx(float(x[[1, 2, 4, 5, 6]].abs().max()))
+    above = float((x > 0).double().mean())
+    assert row["one sign"] == pytest.approx(max(above, 1 - above))

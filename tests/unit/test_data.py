@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ofutils import UserError, data
+from ofutils.batches import Batches, fixed_batches
 
 
 def test_the_standard_library_is_split_by_file_without_its_tests():
@@ -43,27 +44,28 @@ def test_tokens_decode_to_the_text_and_come_from_the_cache(out, corpus, monkeypa
 
 
 def test_an_epoch_visits_every_chunk_once_and_the_next_in_another_order():
-    batches = data.Batches(np.arange(640), batch=4, context=16, seed=3)
-    first, second = (torch.cat([batches.draw() for _ in range(10)]) for _ in range(2))
+    batches = Batches(np.arange(640), batch=4, context=16, seed=3)
+    first, second = (torch.cat([batches.at(epoch + number) for number in range(10)]) for epoch in (0, 10))
     assert sorted(first[:, 0].tolist()) == sorted(second[:, 0].tolist()) == list(range(0, 640, 16))
     assert first[:, 0].tolist() != second[:, 0].tolist()
     assert torch.equal(first[0], torch.arange(16) + first[0, 0])
 
 
-def test_the_cursor_alone_decides_the_next_batch():
-    straight = data.Batches(np.arange(640), 4, 16, seed=1)
-    drawn = [straight.draw() for _ in range(25)]
-    for cursor in (0, 7, 19, 24):
-        assert torch.equal(data.Batches(np.arange(640), 4, 16, seed=1, cursor=cursor).draw(), drawn[cursor])
-    assert not torch.equal(data.Batches(np.arange(640), 4, 16, seed=2).draw(), drawn[0])
+def test_the_number_alone_decides_the_batch():
+    straight = Batches(np.arange(640), 4, 16, seed=1)
+    drawn = [straight.at(number) for number in range(25)]
+    for number in (24, 7, 19, 0):
+        assert torch.equal(straight.at(number), drawn[number])
+        assert torch.equal(Batches(np.arange(640), 4, 16, seed=1).at(number), drawn[number])
+    assert not torch.equal(Batches(np.arange(640), 4, 16, seed=2).at(0), drawn[0])
 
 
 def test_fixed_batches_are_fixed_and_spread_over_the_split():
-    found = data.fixed_batches(np.arange(1600), 3, 2, 16)
-    again = data.fixed_batches(np.arange(1600), 3, 2, 16)
+    found = fixed_batches(np.arange(1600), 3, 2, 16)
+    again = fixed_batches(np.arange(1600), 3, 2, 16)
     assert len(found) == 3 and all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     assert found[0][0, 0] == 0 and found[-1][-1, -1] == 1599
-    assert len(data.fixed_batches(np.arange(100), 8, 2, 16)) == 3  # all there are
+    assert len(fixed_batches(np.arange(100), 8, 2, 16)) == 3  # all there are
 
 
 def test_bad_corpora_are_one_clear_line(tmp_path, out):
@@ -83,9 +85,9 @@ def test_bad_corpora_are_one_clear_line(tmp_path, out):
     with pytest.raises(
         UserError, match=r"too short: its training split has \d+ tokens, one batch of 8 x 128 needs 1024"
     ):
-        data.Batches(short.train, 8, 128)
+        Batches(short.train, 8, 128)
     with pytest.raises(UserError, match="its validation split"):
-        data.fixed_batches(short.validation, 1, 8, 128)
+        fixed_batches(short.validation, 1, 8, 128)
     with pytest.raises(UserError, match="at least 257"):
         data.tokenize(data.load_corpus(str(tmp_path / "short.txt")), 100)
     pyarrow.parquet.write_table(pa.table({"n": [1, 2]}), tmp_path / "numbers.parquet")

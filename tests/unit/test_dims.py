@@ -118,7 +118,12 @@ def test_48_parameters_of_bert_base_and_52_with_the_norm_of_its_head():
     with torch.device("meta"):
         model = transformers.BertForMaskedLM(transformers.BertConfig())
         shape = {"vocab": 30522, "layers": 12, "width": 768, "heads": 12, "context": 512, "causal": False}
-        form = {"activation": "gelu", "norm_position": "post", "embed_norm": True, "segments": 2, "head": "mlm"}
+        form = {
+            "activation": "gelu",
+            "norm_position": "post",
+            "embedding": {"norm": True, "segments": 2},
+            "head": "mlm",
+        }
         ours = Transformer(type(SMALL)(**shape, **form))
     assert model.num_parameters() == sum(p.numel() for p in ours.parameters()) == 109_514_298
     for one in (with_sites(model), ours):
@@ -131,7 +136,7 @@ def test_48_parameters_of_bert_base_and_52_with_the_norm_of_its_head():
 @pytest.mark.parametrize(
     ("dimensions", "where", "message"),
     [
-        ([32], "norm2", "dimension 32 is out of range: the norms have dimensions 0 to 31"),
+        ([32], "norm2", "dimension 32 is out of range: there are dimensions 0 to 31"),
         ([-1], "norm2", "dimension -1 is out of range"),
         ([3], "norm3", "unknown site 'norm3' .did you mean 'norm"),
         ([3], "mlp_out", "no norm with parameters at mlp_out"),
@@ -175,26 +180,6 @@ def test_norms_without_biases_have_one_list():
     for norm in dims.norms(model).values():
         norm.weight.data[7] = 9.0
     assert dims.by_weight(model) == [7]
-
-
-def test_a_profile_says_at_which_tokens_and_with_which_sign():
-    model = from_hf(bert())
-    ids = torch.tensor([[1, 2, 3, 0], [1, 4, 2, 5]])
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    groups = torch.full((60,), 1)
-    groups[1] = 0  # id 1 starts every row
-    row, other = dims.profile(
-        model, [{"input_ids": ids, "attention_mask": mask}], [3, 8], groups, ("start", "other"), "blocks.2.norm2"
-    )
-    with probes.capture(model, "blocks.2.norm2") as kept, torch.no_grad():
-        model(ids, attention_mask=mask)
-    x = kept["blocks.2.norm2"][mask.bool()][:, 3]
-    starts = torch.tensor([0, 3])
-    assert row["dimension"] == 3 and other["dimension"] == 8
-    assert row["largest |x| at start"] == pytest.approx(float(x[starts].abs().max()))
-    assert row["largest |x| at other"] == pytest.approx(float(x[[1, 2, 4, 5, 6]].abs().max()))
-    above = float((x > 0).double().mean())
-    assert row["one sign"] == pytest.approx(max(above, 1 - above))
 
 
 def test_a_model_without_norms_is_one_clear_line():

@@ -146,7 +146,7 @@ def test_token_types_for_a_model_without_segments_are_an_error_unless_all_zero()
 
 def test_an_untied_head_is_copied():
     ours = from_hf(build("neox"))
-    assert ours.config.head == "untied" and ours.config.parallel and ours.config.rotary_share == 0.25
+    assert ours.config.head == "untied" and ours.config.parallel and ours.config.embedding.rotary_share == 0.25
     theirs = build("gpt2", tie_word_embeddings=False)
     assert from_hf(theirs).config.head == "untied"
     batch = {"input_ids": ids()}
@@ -185,11 +185,12 @@ def test_from_hf_refuses_what_transformer_has_not(name, special, message):
 @pytest.mark.parametrize("form", ["vanilla", "ga_lin"])
 def test_bert_and_its_gates_equal_the_authors(vectors, form):
     tensors, _ = vectors("bert_quantized")
-    gate = {"gate": "linear", "pi_init": 0.25} if form == "ga_lin" else {}
+    gate = {"attention": {"gate": "linear", "pi_init": 0.25}} if form == "ga_lin" else {}
     model = Transformer(
         TransformerConfig(
             vocab=97, layers=2, width=32, heads=4, mlp_width=64, context=64, norm_eps=1e-12, norm_position="post",
-            activation="gelu", causal=False, embed_norm=True, segments=2, head="mlm", skip_padding=False, **gate,
+            activation="gelu", causal=False, head="mlm",
+            embedding={"norm": True, "segments": 2, "skip_padding": False}, **gate,
         )
     ).eval()  # fmt: skip
     prefix = f"bert.{form}.state."

@@ -18,8 +18,9 @@ from pyarrow import parquet
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ofutils import UserError, dims, finetune, hub, probes, tasks, train
-from ofutils.finetune import FinetuneConfig
+from ofutils import UserError, dims, hub, probes, train
+from ofutils.studies.bert_outliers import finetune, tasks
+from ofutils.studies.bert_outliers.finetune import FinetuneConfig
 from tests import stand_ins
 
 GLUE_TASKS = [name for name in tasks.TASKS if name != "docstrings"]
@@ -92,12 +93,13 @@ def equal(one, two):
 
 
 def test_matthews_is_the_formula_of_the_four_counts():
+    matthews = tasks.METRICS["mcc"]
     tp, tn, fp, fn = 6, 3, 2, 1
     predicted, true = np.repeat([1, 0, 1, 0], [tp, tn, fp, fn]), np.repeat([1, 0, 0, 1], [tp, tn, fp, fn])
     expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    assert tasks.matthews(predicted, true) == pytest.approx(expected)
-    assert tasks.matthews(true, true) == pytest.approx(1) and tasks.matthews(1 - true, true) == pytest.approx(-1)
-    assert tasks.matthews(np.ones(12), true) == 0 == tasks.matthews(true, np.zeros(12))
+    assert matthews(predicted, true) == pytest.approx(expected)
+    assert matthews(true, true) == pytest.approx(1) and matthews(1 - true, true) == pytest.approx(-1)
+    assert matthews(np.ones(12), true) == 0 == matthews(true, np.zeros(12))
     assert tasks.accuracy(predicted, true) == 9 / 12
 
 
@@ -117,73 +119,71 @@ def test_pearson_ignores_scale_and_is_zero_where_it_is_not_defined():
 def test_glue_is_read_from_the_cache(name, glue):
     task = tasks.TASKS[name]
     for split in ("train", *task.splits):
-        texts, labels = finetune.examples(name, split)
+        texts, labels = tasks.examples(name, split)
         assert len(texts) == len(labels) == 24 and {len(row) for row in texts} == {len(task.keys)}
         assert all(isinstance(text, str) and text for row in texts for text in row)
-        some, few = finetune.examples(name, split, 6)
+        some, few = tasks.examples(name, split, 6)
         there = list(zip(texts, labels, strict=True))
         assert len(some) == 6 and all(one in there for one in zip(some, few, strict=True))
         if task.labels > 1:
             assert set(labels) == set(range(task.labels))
         else:
             assert max(labels) == 5 and len(set(labels)) > 5
-    assert "no split 'test'" in one_line(finetune.examples, name, "test")
+    assert "'test'; known: train, validation" in one_line(tasks.examples, name, "test")
 
 
 def test_a_real_task_of_glue_that_is_not_in_the_cache_is_one_line(tmp_path, glue, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert "file rte/train/0000.parquet is not in the cache" in one_line(finetune.examples, "rte", "train")
+    assert "file rte/train/0000.parquet is not in the cache" in one_line(tasks.examples, "rte", "train")
 
 
 def test_docstrings_are_balanced_and_share_no_text_between_splits():
-    train_texts, labels = finetune.examples("docstrings", "train", 400)
+    train_texts, labels = tasks.examples("docstrings", "train", 400)
     assert sum(labels) == 200 and labels[:4] == [1, 0, 1, 0]
     true = [text for text, label in zip(train_texts, labels, strict=True) if label]
     false = [text for text, label in zip(train_texts, labels, strict=True) if not label]
     assert not set(true) & set(false) and [s for s, _ in true] == [s for s, _ in false]
     assert len({code for _, code in true}) == len({sentence for sentence, _ in true}) == 200
-    held, held_labels = finetune.examples("docstrings", "validation")
+    held, held_labels = tasks.examples("docstrings", "validation")
     assert len(held) == 500 and sum(held_labels) == 250
     assert not {text for row in train_texts for text in row} & {text for row in held for text in row}
-    assert finetune.examples("docstrings", "train", 2)[1] == [1, 0]
-    assert finetune.examples("docstrings", "validation", 30) == (held[:30], held_labels[:30])
+    assert tasks.examples("docstrings", "train", 2)[1] == [1, 0]
+    assert tasks.examples("docstrings", "validation", 30) == (held[:30], held_labels[:30])
 
 
 def test_a_folder_is_a_task(planted, tmp_path):
-    task = finetune.read_task(str(planted))
+    task = tasks.read_task(str(planted))
     assert task == tasks.Task(("sentence",), 2, "accuracy", ("validation",))
-    texts, labels = finetune.examples(str(planted), "train")
+    texts, labels = tasks.examples(str(planted), "train")
     assert len(texts) == 160 and labels == [0] * 80 + [1] * 80
     assert all(("yy" in text) == bool(label) for (text,), label in zip(texts, labels, strict=True))
-    assert 5 < sum(finetune.examples(str(planted), "train", 20)[1]) < 15  # not the first 20
+    assert 5 < sum(tasks.examples(str(planted), "train", 20)[1]) < 15  # not the first 20
     pairs = {"question": ["why", "who"], "sentence": ["no", "42"], "label": [0.5, 3.0]}
     for split in ("train", "validation"):
         parquet.write_table(pyarrow.table(pairs), tmp_path / f"{split}.parquet")
-    assert finetune.read_task(str(tmp_path)) == tasks.Task(("question", "sentence"), 1, "pearson")
-    assert finetune.examples(str(tmp_path), "validation") == ([("why", "no"), ("who", "42")], [0.5, 3.0])
+    assert tasks.read_task(str(tmp_path)) == tasks.Task(("question", "sentence"), 1, "pearson")
+    assert tasks.examples(str(tmp_path), "validation") == ([("why", "no"), ("who", "42")], [0.5, 3.0])
 
 
 def test_numbers_and_commas_in_a_csv_stay_text(tmp_path):
     rows = 'sentence1,sentence2,label\n2020-01-01,"a, b",7\n17,"say ""no""",3\n'
     for split in ("train", "validation"):
         (tmp_path / f"{split}.csv").write_text(rows)
-    assert finetune.examples(str(tmp_path), "train") == ([("2020-01-01", "a, b"), ("17", 'say "no"')], [1, 0])
+    assert tasks.examples(str(tmp_path), "train") == ([("2020-01-01", "a, b"), ("17", 'say "no"')], [1, 0])
     (tmp_path / "validation.csv").write_text(rows + "a,b,5\n")
-    assert "has the label '5', which the training data lack" in one_line(
-        finetune.examples, str(tmp_path), "validation"
-    )
+    assert "has the label '5', which the training data lack" in one_line(tasks.examples, str(tmp_path), "validation")
 
 
 def test_what_cannot_be_a_task_is_one_line(tmp_path, planted, out):
-    assert "did you mean 'mnli'?" in one_line(finetune.examples, "mnil", "train")
+    assert "did you mean 'mnli'?" in one_line(tasks.examples, "mnil", "train")
     assert "unknown task ''" in one_line(finetune.finetune, FinetuneConfig(hub.STAND_IN, ""))
-    assert "the folder has no train.parquet or train.tsv or train.csv" in one_line(finetune.read_task, str(tmp_path))
+    assert "the folder has no train.parquet or train.tsv or train.csv" in one_line(tasks.read_task, str(tmp_path))
     (tmp_path / "train.csv").write_text("text,label\na,1\nb,0\n")
-    assert "it has text, label" in one_line(finetune.read_task, str(tmp_path))
+    assert "it has text, label" in one_line(tasks.read_task, str(tmp_path))
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and no more")
-    assert "is not readable as .parquet" in one_line(finetune.read_task, str(tmp_path))
-    assert "did you mean 'validation'?" in one_line(finetune.examples, str(planted), "valid")
-    assert "has 1 labelled rows" in one_line(finetune.examples, str(planted), "train", 1)
+    assert "is not readable as .parquet" in one_line(tasks.read_task, str(tmp_path))
+    assert "did you mean 'validation'?" in one_line(tasks.examples, str(planted), "valid")
+    assert "has 1 labelled rows" in one_line(tasks.examples, str(planted), "train", 1)
     many = ({"rows": -1}, {"batch": 0}, {"epochs": 0}, {"longest": 0}, {"seed": -1}, {"seed": 2**32})
     for bad in (*many, *({name: value} for name in ("lr", "weight_decay") for value in (math.inf, math.nan, -1.0))):
         assert next(iter(bad)) in one_line(FinetuneConfig, **bad)
@@ -367,7 +367,7 @@ def test_a_tokenizer_that_cannot_be_written_is_one_line(planted, out, monkeypatc
 
 KILLED = """
 import os, signal
-from ofutils import finetune
+from ofutils.studies.bert_outliers import finetune
 
 def killed(config, model, tokenizer, rows, watch):
     watch.on_epoch_end(None, None, None)
@@ -530,12 +530,12 @@ def answering(monkeypatch):
 def test_a_prediction_that_is_not_finite_is_the_wrong_class(answering):
     true, answers = [0, 0, 0, 1, 1, 1, 0, 1], [0, 0, 1, 1, 0, 1, 0, 1]
     logits = torch.nn.functional.one_hot(torch.tensor(answers), 2).float()
-    assert answering("cola", logits, true) == pytest.approx(tasks.matthews(np.array(answers), np.array(true)))
+    assert answering("cola", logits, true) == pytest.approx(tasks.METRICS["mcc"](np.array(answers), np.array(true)))
     for places in itertools.combinations(range(8), 2):
         broken, wrong = logits.clone(), np.array(answers)
         broken[places[0], 0], broken[places[1], 1] = math.nan, math.inf
         wrong[list(places)] = 1 - np.array(true)[list(places)]
-        assert answering("cola", broken, true, batch=3) == pytest.approx(tasks.matthews(wrong, np.array(true)))
+        assert answering("cola", broken, true, batch=3) == pytest.approx(tasks.METRICS["mcc"](wrong, np.array(true)))
         assert answering("sst2", broken, true, batch=3) == np.mean(wrong == true)
     three = torch.eye(3)
     assert answering("mnli", three, [0, 1, 2]) == 1
@@ -561,7 +561,7 @@ def test_a_diverged_epoch_is_never_the_best(task, labels, answering, monkeypatch
 
 def test_padding_and_batches_do_not_change_scores(finished):
     model, tokenizer = finished.load()
-    texts, _ = finetune.examples(finished.config.task, "validation")
+    texts, _ = tasks.examples(finished.config.task, "validation")
     short, long = min(texts, key=lambda row: len(row[0])), max(texts, key=lambda row: len(row[0]))
     together = tokenizer([short[0], long[0]], padding=True, return_tensors="pt")
     alone = tokenizer([short[0]], return_tensors="pt")
@@ -574,7 +574,7 @@ def test_padding_and_batches_do_not_change_scores(finished):
 
 def test_a_score_is_the_metric_of_the_models_own_answers(finished, monkeypatch):
     model, tokenizer = finished.load()
-    texts, labels = finetune.examples(finished.config.task, "validation", 30)
+    texts, labels = tasks.examples(finished.config.task, "validation", 30)
     answers = [int(probes.run(model, dict(tokenizer([text], return_tensors="pt"))).argmax()) for (text,) in texts]
     expected = np.mean(np.array(answers) == labels)
     assert finetune.score(model, tokenizer, finished.config.task, "validation", 30) == expected
@@ -607,12 +607,12 @@ def test_ablation_zeroes_exactly_its_parameters_and_restores_to_the_bit(finished
 @pytest.mark.parametrize("name", ["mnli", "stsb"])
 def test_tasks_of_glue_are_trained_and_scored_on_all_their_splits(name, glue, out):
     run = finetune.finetune(FinetuneConfig(hub.STAND_IN, name, rows=12, batch=4, epochs=1, lr=1e-3, longest=32))
-    task = finetune.TASKS[name]
+    task = tasks.TASKS[name]
     assert run.best == 0 and tuple(run.scores[0]) == task.splits
     model, tokenizer = run.load()
     for split in task.splits:
         assert finetune.score(model, tokenizer, name, split, 12, 32) == run.scores[0][split]
-    batch = tokenizer(*zip(*finetune.examples(name, "train", 2)[0], strict=True), padding=True, return_tensors="pt")
+    batch = tokenizer(*zip(*tasks.examples(name, "train", 2)[0], strict=True), padding=True, return_tensors="pt")
     assert probes.run(model, dict(batch)).shape == (2, task.labels)
 
 

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ofutils import UserError, frequency, hub
+from ofutils.studies.token_frequency import counts
 
 
 def test_count_equals_counting_by_hand():
@@ -36,10 +37,10 @@ def test_the_mapping_of_the_authors_loses_every_continuation_piece():
     tokenizer = hub.tokenizer(hub.STAND_IN)
     tokens = ["a", "##a", "##b", "#", "."]
     ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True))
-    counts = torch.zeros(len(tokenizer), dtype=torch.float64)
+    given = torch.zeros(len(tokenizer), dtype=torch.float64)
     for token, value in {"a": 50, "##a": 40, "##b": 30, "#": 35, ".": 10}.items():
-        counts[ids[token]] = value
-    found = frequency.as_the_authors(tokenizer, counts)
+        given[ids[token]] = value
+    found = counts.as_the_authors(tokenizer, given)
     assert {token: int(found[one]) for token, one in ids.items()} == {"a": 50, "##a": 0, "##b": 0, "#": 30, ".": 10}
 
 
@@ -50,8 +51,8 @@ def test_the_mapping_of_the_authors_loses_what_stands_after_a_space():
     inner.decoder = decoders.ByteLevel()
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
-    counts = torch.tensor([0, 0, 90, 90, 20, 10], dtype=torch.float64)  # each full stop has the total of both
-    assert frequency.as_the_authors(tokenizer, counts).tolist() == [0, 0, 90, 0, 20, 10]
+    given = torch.tensor([0, 0, 90, 90, 20, 10], dtype=torch.float64)  # each full stop has the total of both
+    assert counts.as_the_authors(tokenizer, given).tolist() == [0, 0, 90, 0, 20, 10]
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +63,16 @@ def berts():
 
 
 def test_the_shipped_counts_of_bert(berts):
-    counts = frequency.shipped(berts)
-    assert counts["both"].sum() == 4_236_308_253 and (counts["both"] > 0).sum() == 29_160
+    found = frequency.shipped(berts)
+    assert found["both"].sum() == 4_236_308_253 and (found["both"] > 0).sum() == 29_160
     the, cls, piece = berts.convert_tokens_to_ids(["the", "[CLS]", "##s"])
-    assert counts["wikipedia"][the] == 149_611_994 and counts["books"][cls] == 68_645_476
-    wrong = frequency.as_the_authors(berts, counts["both"])
-    assert counts["both"][piece] > 1e6 and wrong[piece] == 0
+    assert found["wikipedia"][the] == 149_611_994 and found["books"][cls] == 68_645_476
+    wrong = counts.as_the_authors(berts, found["both"])
+    assert found["both"][piece] > 1e6 and wrong[piece] == 0
     pieces = [i for token, i in berts.get_vocab().items() if token.startswith("##")]
-    counted = counts["both"][pieces] > 0
+    counted = found["both"][pieces] > 0
     assert counted.sum() == 5465 and wrong[pieces].sum() == 0
-    assert (wrong != counts["both"]).sum() == 5466
+    assert (wrong != found["both"]).sum() == 5466
 
 
 def test_the_shipped_counts_of_roberta_say_what_cannot_be_recovered():
@@ -89,15 +90,15 @@ def test_the_shipped_counts_of_roberta_say_what_cannot_be_recovered():
 
 def test_tables_are_the_counts_by_name():
     tokenizer, texts = hub.tokenizer(hub.STAND_IN), ["ab a", "b"]
-    found, own = frequency.tables(tokenizer, texts, "text"), frequency.count(tokenizer, texts)
+    found, own = counts.token_counts(tokenizer, texts, "text"), frequency.count(tokenizer, texts)
     assert torch.equal(found["counts"], own) and torch.equal(found["this text"], own)
-    assert torch.equal(found["authors' mapping"], frequency.as_the_authors(tokenizer, own))
+    assert torch.equal(found["authors' mapping"], counts.as_the_authors(tokenizer, own))
     with pytest.raises(UserError, match="counts must be shipped or text, got 'own'"):
-        frequency.tables(tokenizer, texts, "own")
+        counts.token_counts(tokenizer, texts, "own")
 
 
 def test_tables_of_shipped_counts(berts):
-    found = frequency.tables(berts, ["the cat"])
+    found = counts.token_counts(berts, ["the cat"])
     the, piece = berts.convert_tokens_to_ids(["the", "##s"])
     assert found["counts"][piece] == 13_768_496 and found["authors' mapping"][piece] == 0
     assert found["this text"][the] == 1 and found["counts"][the] == found["authors' mapping"][the] == 189_002_637

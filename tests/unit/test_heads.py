@@ -4,16 +4,19 @@ from torch.nn import functional as F
 
 from ofutils import UserError, data, dims, heads, hub, probes
 from ofutils.families import from_hf
+from ofutils.sentences import mask_tokens, sentence_batches
+from ofutils.studies.bert_outliers import tasks
 from ofutils.transformer import Transformer, TransformerConfig
 from tests.configurations import sentences
 
-FORM = {"causal": False, "norm_position": "post", "embed_norm": True, "activation": "gelu", "skip_padding": False}
+FORM = {"causal": False, "norm_position": "post", "activation": "gelu"}
+FORM |= {"embedding": {"norm": True, "skip_padding": False}}
 
 
 @pytest.fixture(scope="module")
 def stand_in():
     tokenizer, encoder = hub.tokenizer(hub.STAND_IN), from_hf(hub.model(hub.STAND_IN))
-    batches = data.sentence_batches(tokenizer, sentences(64))
+    batches = sentence_batches(tokenizer, sentences(64))
     return tokenizer, encoder, batches
 
 
@@ -21,8 +24,8 @@ def test_masking_asks_for_a_share_of_real_tokens_and_leaves_the_rest(stand_in):
     tokenizer, _, batches = stand_in
     asked = changed = real = masks = 0
     for seed, batch in enumerate(batches):
-        masked, labels = data.mask_tokens(batch, tokenizer, seed)
-        again, _ = data.mask_tokens(batch, tokenizer, seed)
+        masked, labels = mask_tokens(batch, tokenizer, seed)
+        again, _ = mask_tokens(batch, tokenizer, seed)
         assert torch.equal(masked["input_ids"], again["input_ids"])
         special = torch.isin(batch["input_ids"], torch.tensor(tokenizer.all_special_ids))
         assert (labels[special] == -100).all() and (labels[batch["attention_mask"] == 0] == -100).all()
@@ -38,7 +41,7 @@ def test_masking_asks_for_a_share_of_real_tokens_and_leaves_the_rest(stand_in):
 
 
 def test_pairs_are_functions_without_their_docstring():
-    found = data.pairs(data.load_corpus(), 50)
+    found = tasks.pairs(data.load_corpus(), 50)
     assert len({sentence for sentence, _ in found}) == 50
     for sentence, code in found:
         assert "def " in code and sentence not in " ".join(code.split())
@@ -56,9 +59,9 @@ def test_a_trained_mlm_head_beats_the_frequencies_on_other_text_and_leaves_the_e
     tokenizer, encoder, batches = stand_in
     before = [parameter.clone() for parameter in encoder.parameters()]
     train, held = batches[:-1], batches[-1:]
-    masked = [data.mask_tokens(batch, tokenizer, 10 * seed + i) for seed in range(4) for i, batch in enumerate(train)]
+    masked = [mask_tokens(batch, tokenizer, 10 * seed + i) for seed in range(4) for i, batch in enumerate(train)]
     head = heads.train_mlm_head(encoder, masked, steps=60, seed=1, lr=1e-2)
-    tests = [data.mask_tokens(batch, tokenizer, seed) for seed in range(90, 100) for batch in held]
+    tests = [mask_tokens(batch, tokenizer, seed) for seed in range(90, 100) for batch in held]
     ids = torch.cat([labels[labels != -100] for _, labels in tests])
     known = heads.unigram(heads.maskable(train, tokenizer), encoder.config.vocab)
     assert heads.mlm_loss(encoder, head, tests) < -float(known[ids].mean())
@@ -83,7 +86,7 @@ def test_a_split_model_computes_the_same_loss(stand_in):
 
 def test_ablation_reaches_the_loss(stand_in):
     tokenizer, encoder, batches = stand_in
-    masked = [data.mask_tokens(batch, tokenizer, 0) for batch in batches]
+    masked = [mask_tokens(batch, tokenizer, 0) for batch in batches]
     head = heads.train_mlm_head(encoder, masked, steps=20)
     whole = heads.mlm_loss(encoder, head, masked)
     with dims.ablated(encoder, range(encoder.config.width // 2)):

@@ -134,8 +134,6 @@ def test_statistics_equal_the_definitions_however_the_batch_is_cut_or_merged(pie
     assert whole.tokens == 480 and whole.rows == 8
     hits = metrics.six_sigma(x)
     assert whole.sums["outliers_by_dimension"].tolist() == hits.sum((0, 1)).tolist()
-    assert whole.sums["outliers_by_position"].tolist() == hits.sum((0, 2)).tolist()
-    torch.testing.assert_close(whole.neuron_rms, x.square().mean((0, 1)).sqrt())
 
 
 def test_chunks_of_a_long_batch_change_nothing(monkeypatch):
@@ -165,7 +163,7 @@ def test_padding_counts_nowhere():
             expected.add(row[None, :length])
     assert statistics.rows == 3 and statistics.tokens == 20
     assert statistics.summary() == pytest.approx(expected.summary(), rel=1e-12, abs=1e-12)
-    assert statistics.sums["outliers_by_position"].tolist() == expected.sums["outliers_by_position"].tolist()
+    assert statistics.sums["outliers_by_dimension"].tolist() == expected.sums["outliers_by_dimension"].tolist()
 
 
 def test_statistics_of_heads_and_of_pooled_rows_take_the_same_mask():
@@ -183,14 +181,14 @@ def test_statistics_of_heads_and_of_pooled_rows_take_the_same_mask():
         Statistics().add(activations(6, (2, 4, 8)), mask)
 
 
-def test_positions_of_batches_of_different_lengths_add_up():
+def test_outliers_of_batches_of_different_lengths_add_up():
     statistics = Statistics(("outlier_share",))
     for length in (30, 50, 20):
         x = activations(7, (1, length, 64))
         x[0, 10, 3] = 100
         statistics.add(x)
-    found = statistics.sums["outliers_by_position"]
-    assert len(found) == 50 and found[10] == 3 and found.sum() == 3
+    found = statistics.sums["outliers_by_dimension"]
+    assert found[3] == 3 and found.sum() == 3
 
 
 def test_half_precision_is_summed_in_single():

@@ -47,10 +47,10 @@ def test_variables_of_later_cells_do_not_matter_when_the_cell_runs_again(capsys)
         ({"steps": True}, "parameter steps: expected int, got True"),
         ({"tolerance": float("nan")}, "parameter tolerance: expected float, got nan"),
         ({"steps": None}, "parameter steps: expected int, got None"),
-        ({"seeds": -1}, "parameter seeds: expected 0 or more, got -1"),
+        ({"seeds": -1}, "seeds must be at least 0, got -1"),
         (
             {"scale": "smal"},
-            "unknown scale 'smal' .* .did you mean 'small'.*; known: auto, tiny, small, gpu, paper",
+            "unknown scale .asked for. 'smal' .did you mean 'small'.*; known: auto, tiny, small, gpu, paper",
         ),
         ({"scale": 3}, "parameter scale: expected str, got 3"),
     ],
@@ -76,7 +76,7 @@ def test_a_named_scale_wins_over_the_environment_and_that_over_auto(monkeypatch)
     monkeypatch.setattr(params.torch.cuda, "is_available", lambda: True)
     assert params.resolve_scale()[0] == "gpu"
     monkeypatch.setenv("OFUTILS_SCALE", "huge")
-    with pytest.raises(UserError, match="unknown scale 'huge' .OFUTILS_SCALE."):
+    with pytest.raises(UserError, match="unknown scale .OFUTILS_SCALE. 'huge'"):
         params.resolve_scale()
 
 
@@ -135,3 +135,21 @@ def test_every_dependency_is_pinned_within_its_range_and_installed_as_pinned():
             assert version(requirement.name).split("+")[0] == pin, entry
         except PackageNotFoundError:
             assert entry in extras, f"{entry} is not installed"
+
+
+def test_settings_keep_the_checks_of_the_settings_that_they_extend():
+    @params.settings
+    class First:
+        x: int = 0
+
+        def __post_init__(self):
+            params.require(self.x != 3, "x must not be 3")
+
+    @params.settings
+    class Second(First):
+        y: params.Count = 1
+
+    with pytest.raises(UserError, match="x must not be 3"):
+        Second(x=3)
+    with pytest.raises(UserError, match="y must be at least 1"):
+        Second(y=0)

@@ -7,7 +7,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ofutils import UserError, data, dims, families, frequency, heads, hub, predictions
+from ofutils import UserError, dims, families, frequency, heads, hub
+from ofutils.sentences import mask_tokens, sentence_batches
+from ofutils.studies.token_frequency import predictions
 from ofutils.transformer import Transformer, TransformerConfig
 from tests.configurations import sentences
 
@@ -18,7 +20,7 @@ SENTENCES = ["the cat sat on the mat", "a dog", "it is what it is, no less"]
 def stand_in():
     tokenizer = hub.tokenizer(hub.STAND_IN)
     encoder, head = heads.split(families.from_hf(hub.model(hub.STAND_IN, head="mlm")))
-    return tokenizer, encoder, head, data.sentence_batches(tokenizer, SENTENCES, batch=2)
+    return tokenizer, encoder, head, sentence_batches(tokenizer, SENTENCES, batch=2)
 
 
 def test_an_encoder_and_its_head_joined_are_the_model_that_was_split(stand_in):
@@ -33,7 +35,9 @@ def test_an_encoder_and_its_head_joined_are_the_model_that_was_split(stand_in):
 def test_a_model_that_copies_predicts_what_it_sees_and_padding_is_left_out(stand_in):
     tokenizer, _, _, batches = stand_in
     shape = {"vocab": len(tokenizer), "layers": 1, "width": 64, "heads": 2, "context": 32, "head": "mlm"}
-    model = Transformer(TransformerConfig(**shape, causal=False, norm_position="post", embed_norm=True)).eval()
+    model = Transformer(
+        TransformerConfig(**shape, causal=False, norm_position="post", embedding={"norm": True})
+    ).eval()
     with torch.no_grad():
         for parameter in model.blocks.parameters():
             if parameter.ndim == 2:
@@ -51,7 +55,7 @@ def test_a_model_that_copies_predicts_what_it_sees_and_padding_is_left_out(stand
 
 def test_a_trained_head_repeats_what_it_sees_and_leaves_the_encoder_alone(stand_in):
     tokenizer, encoder, _, _ = stand_in
-    batches = data.sentence_batches(tokenizer, sentences(48))
+    batches = sentence_batches(tokenizer, sentences(48))
     kept = frequency.kinds(tokenizer)["no specials"]
     before = [parameter.clone() for parameter in encoder.parameters()]
     whole, again = (predictions.with_trained_head(encoder, tokenizer, batches[:2], kept, 300, 1) for _ in range(2))
@@ -164,7 +168,7 @@ def test_the_authors_way_tags_each_token_alone():
 
 def test_positions_that_are_not_masked_do_not_count(stand_in):
     tokenizer, encoder, head, batches = stand_in
-    given = [data.mask_tokens(batch, tokenizer, seed) for seed, batch in enumerate(batches)]
+    given = [mask_tokens(batch, tokenizer, seed) for seed, batch in enumerate(batches)]
     rows = predictions.predict(predictions.joined(encoder, head), [batch for batch, _ in given])
     for alone in (False, True):
         pairs = predictions.parts_of_speech(tokenizer, given, rows, lambda words: ["X"] * len(words), alone)

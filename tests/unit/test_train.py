@@ -181,7 +181,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(out, config, mo
     [
         (["--stpes", "5"], "unknown parameter 'stpes' .did you mean 'steps'"),
         (["--steps", "hello"], "parameter steps: expected int, got 'hello'"),
-        (["--model.layer", "2"], "unknown parameter 'model.layer' .did you mean 'model.layers'|'layers'"),
+        (["--model.layer", "2"], "unknown parameter 'model.layer' .did you mean 'model.layers'"),
+        (["--model.gate", "linear"], "unknown parameter 'model.gate' .did you mean 'model.attention.gate'"),
         (["--objective", "mlm"], "objective 'mlm' is not built yet; built: clm"),
         (["--optimizer", "adam"], "unknown optimizer 'adam' .did you mean 'adamw'"),
         (["steps=5"], "expected a flag such as --steps 100"),
@@ -190,13 +191,16 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(out, config, mo
         (["--steps", "0"], "steps must be at least 1"),
         (["--config"], "--config needs the path of a YAML file"),
         (["--model", "5", "--model.layers", "4"], "--model is a group of parameters"),
-        (["--seed", "-1"], "seed must be at least 0"),
-        (["--betas", "1.5,0.9"], "betas must be two numbers"),
-        (["--betas", "0.9"], "betas must be two numbers"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--betas", "1.5,0.9"], "betas must be at least 0 and below 1, got 1.5"),
+        (["--betas", "0.9"], "parameter betas: expected 2 values, got '0.9'"),
         (["--characters", "-5"], "characters must be at least 0"),
         (["--model.mlp_width", "-5"], "mlp_width must be at least 0"),
         (["--model.context", "1"], "leaves nothing to predict"),
         (["--sites", ""], "sites must name at least one"),
+        (["--lr", "0"], "lr must be above 0, got 0.0"),
+        (["--model.attention.gate", "liner"], "unknown model.attention.gate 'liner' .did you mean 'linear'"),
+        (["--precision", "fp16"], "unknown precision 'fp16' .did you mean 'bf16'"),
     ],
 )
 def test_bad_flags_are_one_clear_line(arguments, message):
@@ -206,7 +210,7 @@ def test_bad_flags_are_one_clear_line(arguments, message):
 
 def test_flags_and_yaml_give_the_same_configuration(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("steps: 1e2\nlr: 1e-3\nbetas: [0.9, 0.99]\nmodel: {layers: 3, gate: linear}\n")
+    path.write_text("steps: 1e2\nlr: 1e-3\nbetas: [0.9, 0.99]\nmodel: {layers: 3, attention: {gate: linear}}\n")
     flags = [
         "--steps",
         "100",
@@ -216,12 +220,12 @@ def test_flags_and_yaml_give_the_same_configuration(tmp_path):
         "[0.9,0.99]",
         "--model.layers",
         "3",
-        "--model.gate",
+        "--model.attention.gate",
         "linear",
     ]
     assert params.read(TrainConfig, ["--config", str(path)]) == params.read(TrainConfig, flags)
     assert params.read(TrainConfig, ["--config", str(path), "--model.layers", "5"]).model.layers == 5
-    assert params.read(TrainConfig, ["--config", str(path), "--model.layers=5"]).model.gate == "linear"
+    assert params.read(TrainConfig, ["--config", str(path), "--model.layers=5"]).model.attention.gate == "linear"
 
 
 def test_sites_are_checked_before_the_training(out, config):
@@ -290,3 +294,17 @@ def test_copies_of_weights_have_the_same_digest():
     assert resume.weights_digest(one) != resume.weights_digest(other)
     other.load_state_dict(one.state_dict())
     assert resume.weights_digest(one) == resume.weights_digest(other)
+
+
+@pytest.mark.parametrize(("times", "said"), [(3.4, "takes 3.4 times as long as in fp32"), (0.3, "")])
+def test_bf16_on_a_cpu_that_is_slow_at_it_says_so_in_one_line(out, config, monkeypatch, capsys, times, said):
+    monkeypatch.setattr(train, "slowness_of_bf16", lambda: times)
+    quiet(dataclasses.replace(config, steps=1, precision="bf16"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [said in line for line in lines] == [True] * bool(said)
+
+
+def test_how_slow_bf16_is_is_measured_without_drawing_random_numbers():
+    state = torch.get_rng_state()
+    assert train.slowness_of_bf16.__wrapped__() > 0
+    assert torch.equal(torch.get_rng_state(), state)

@@ -7,25 +7,26 @@ import torch
 from torch import nn
 
 from ofutils import UserError
-from ofutils.attention import Gate, QKNorm, clipped_softmax
+from ofutils.attention import AttentionConfig, Gate, QKNorm, clipped_softmax
 from ofutils.probes import capture, edit, measure, resolve
 from ofutils.transformer import Block, Transformer, TransformerConfig, clm_loss, rotated
 from tests.configurations import METHODS, SMALL
 
 FORMS = METHODS | {
     "BERT": {
-        "norm_position": "post", "causal": False, "activation": "gelu", "embed_norm": True, "segments": 2,
-        "head": "mlm",
+        "norm_position": "post", "causal": False, "activation": "gelu", "head": "mlm",
+        "embedding": {"norm": True, "segments": 2},
     },
-    "GPT-2": {"activation": "gelu_tanh", "skip_padding": False},
+    "GPT-2": {"activation": "gelu_tanh", "embedding": {"skip_padding": False}},
     "GPT-NeoX": {
-        "positions": "rotary", "rotary_share": 0.25, "parallel": True, "head": "untied", "activation": "gelu",
+        "embedding": {"positions": "rotary", "rotary_share": 0.25}, "parallel": True, "head": "untied",
+        "activation": "gelu",
     },
-    "rotary, with QK norm": {"positions": "rotary", "qk_norm": "layernorm"},
+    "rotary, with QK norm": {"embedding": {"positions": "rotary"}, "attention": {"qk_norm": "layernorm"}},
     "parallel OP": {"parallel": True, "norm": "none", "residual_gain": 0.2},
     "encoder": {"causal": False, "head": "none"},
-    "clipped encoder": {"causal": False, "alpha": 0.5},
-    "gated encoder": {"causal": False, "gate": "linear"},
+    "clipped encoder": {"causal": False, "attention": {"alpha": 0.5}},
+    "gated encoder": {"causal": False, "attention": {"gate": "linear"}},
 }  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def test_a_closed_gate_removes_the_branch_and_an_open_one_changes_nothing():
 def test_op_block_equals_the_authors(vectors):
     tensors, _ = vectors("blocks_op")
     config = TransformerConfig(
-        width=32, heads=4, mlp_width=128, norm="none", qk_norm="rmsnorm", residual_gain=0.2, final_norm=False
+        width=32, heads=4, norm="none", residual_gain=0.2, final_norm=False, attention={"qk_norm": "rmsnorm"}
     )
     for index in range(3):
         read = {k.removeprefix(f"op.param.{index}."): t for k, t in tensors.items() if f"op.param.{index}." in k}
@@ -195,7 +196,7 @@ def test_every_position_of_an_encoder_sees_the_future(method):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_token(method, side):
     model = build(method)
-    if side == "left" and not model.config.skip_padding:
+    if side == "left" and not model.config.embedding.skip_padding:
         return  # its positions count the padding too
     short, blank = ids(2, 10), torch.full((2, 6), 7)
     rows = torch.cat([blank, short] if side == "left" else [short, blank], 1)
@@ -263,28 +264,31 @@ def test_token_types_shift_the_embedding():
 
 
 def test_alpha_is_gamma_over_the_context_and_both_at_once_is_an_error():
-    config = TransformerConfig(alpha=4.0, context=128)
-    assert config.clip_gamma == -4 / 128 and config.clipped
-    assert not TransformerConfig().clipped
+    config = TransformerConfig(attention={"alpha": 4.0}, context=128)
+    assert config.clip_gamma == -4 / 128 and config.attention.clips
+    assert not AttentionConfig().clips
     with pytest.raises(UserError, match="gamma or alpha"):
-        TransformerConfig(alpha=4.0, gamma=-0.1)
+        AttentionConfig(alpha=4.0, gamma=-0.1)
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
         ({"width": 10, "heads": 4}, "does not split into 4 heads"),
-        ({"gate": "linaer"}, "unknown gate 'linaer' .did you mean 'linear'"),
-        ({"gamma": 0.1}, "gamma must be at most 0"),
-        ({"pi_init": 1.0}, "pi_init must lie between"),
+        ({"attention": {"gate": "linaer"}}, "unknown attention.gate 'linaer' .did you mean 'linear'"),
+        ({"attention": {"gamma": 0.1}}, "gamma must be at most 0, got 0.1"),
+        ({"attention": {"pi_init": 1.0}}, "pi_init must be above 0 and below 1, got 1.0"),
         ({"layers": 0}, "layers must be at least 1"),
         ({"activation": "gleu"}, "unknown activation 'gleu' .did you mean 'gelu'"),
-        ({"positions": "alibi"}, "unknown positions 'alibi'"),
+        ({"embedding": {"positions": "alibi"}}, "unknown embedding.positions 'alibi'"),
         ({"head": "lm"}, "unknown head 'lm'"),
-        ({"norm_eps": 0.0}, "norm_eps must be positive"),
-        ({"rotary_share": 1.5}, "rotary_share must lie in"),
-        ({"positions": "rotary", "rotary_share": 0.1}, "rotary_share gives 3 entries of a head"),
+        ({"norm_eps": 0.0}, "norm_eps must be above 0, got 0.0"),
+        ({"embedding": {"rotary_share": 1.5}}, "rotary_share must be above 0 and at most 1, got 1.5"),
+        ({"embedding": {"positions": "rotary", "rotary_share": 0.1}}, "rotary_share gives 3 entries of a head"),
         ({"parallel": True, "norm_position": "post"}, "parallel needs norm_position pre"),
+        ({"layers": "many"}, "parameter layers: expected int, got 'many'"),
+        ({"attention": 3}, "parameter attention: expected a mapping, got 3"),
+        ({"attention": {"gat": "mlp"}}, "unknown parameter 'attention.gat' .did you mean 'attention.gate'"),
     ],
 )
 def test_bad_configurations_are_one_clear_line(bad, message):
@@ -421,7 +425,7 @@ def test_clipped_softmax_registered_with_transformers_equals_ours():
     )  # fmt: skip
     theirs = OPTForCausalLM(config).eval()
     plain = from_hf(theirs)
-    ours = Transformer(dataclasses.replace(plain.config, gamma=-0.05)).eval()
+    ours = Transformer(dataclasses.replace(plain.config, attention={"gamma": -0.05})).eval()
     ours.load_state_dict(plain.state_dict())
     register_clipped_softmax("clipped_softmax_test", gamma=-0.05)
     theirs.set_attn_implementation("clipped_softmax_test")

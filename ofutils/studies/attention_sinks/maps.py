@@ -1,12 +1,11 @@
-"""Attention head by head: maps as the papers draw them, gates, what a head does not read, and controls for 05.
+"""Attention head by head: maps as the papers draw them, gates, what a head does not read, and controls.
 
 head_map(model, batch, block, head)     probabilities, values, their product, gate: `HeadMap`; `gallery` draws them
 gates(model, batches)                   per block: what the gates of gated attention let through
 unread(model, dimensions, by)           queries, keys or values that are blind to some dimensions
-special_without(model, dimensions, ..)  attention at special tokens without some dimensions
 standing(surveys, rules, others)        correlations of named dimensions beside random sets of as many
-language_heads, runs_here, pick         the heads of small language models, and which of these are on this machine
-outlier_panels(blocks, ..)              outliers by token, position and dimension, as `sinkplots.outliers` draws them
+language_heads(model, batches)          the same numbers of the heads of a language model, and its gates
+outlier_panels(blocks, ..)              outliers by token, position and dimension, as `figures.outliers` draws them
 """
 
 from collections.abc import Iterable
@@ -19,8 +18,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ofutils import UserError, data, dims, params, probes, sinks, train
+from ofutils import params, probes
 from ofutils.probes import Batch, Place
+from ofutils.sentences import GROUPS
+from ofutils.studies.attention_sinks import statistics
+from ofutils.studies.attention_sinks.statistics import OutlierCounts, SinkStatistics
 from ofutils.transformer import Transformer
 
 
@@ -45,20 +47,16 @@ def head_map(model: nn.Module, batch: Batch, block: int, head: int) -> HeadMap:
     Raises:
         UserError: a block or a head that the model does not have.
     """
-    names = {site: f"blocks.{block}.{site}" for site in ("probs", "v", "context")}
+    names = {site: f"blocks.{block}.{site}" for site in ("probs", "v", "context", "gate")}
     params.require(names["probs"] in model.sites(), f"no block {block} in this model, or no attention to look at")
-    with probes.capture(model, list(names.values())) as kept:
+    with probes.capture(model, [name for name in names.values() if name in model.sites()]) as kept:
         probes.run(model, batch)
-    probs = kept[names["probs"]][0].cpu()  # (H, T, T)
-    params.require(0 <= head < len(probs), f"no head {head}: this model has heads 0 to {len(probs) - 1}")
-    values, product = (
-        kept[names[site]][0].cpu().unflatten(-1, (len(probs), -1))[:, head] for site in ("v", "context")
-    )
-    if getattr(getattr(model, "config", None), "gate", "none") == "none":
-        return HeadMap(probs[head], values, product)
-    row = batch[:1] if torch.is_tensor(batch) else {name: x[:1] for name, x in batch.items()}
-    gate = gates(model, [row])[block][:, head]  # (T,)
-    return HeadMap(probs[head], values, product, gate, product * gate[:, None])
+    row = {site: kept[name][0].cpu() for site, name in names.items() if name in kept}
+    heads = len(row["probs"])  # (H, T, T)
+    params.require(0 <= head < heads, f"no head {head}: this model has heads 0 to {heads - 1}")
+    values, product = (row[site].unflatten(-1, (heads, -1))[:, head] for site in ("v", "context"))  # (T, K)
+    gate = row["gate"][:, head] if "gate" in row else None  # (T,)
+    return HeadMap(row["probs"][head], values, product, gate, None if gate is None else product * gate[:, None])
 
 
 def gallery(picks: list[tuple[str, HeadMap, list[str]]], title: str) -> tuple[Figure, pd.DataFrame]:
@@ -75,9 +73,8 @@ def gallery(picks: list[tuple[str, HeadMap, list[str]]], title: str) -> tuple[Fi
     """
     gated = any(found.gate is not None for _, found, _ in picks)
     widths, height = ([1.3, 1.1, 1.3, 0.12, 1.3] if gated else [1.3, 1.5, 1.7]), 1 + 0.1 * len(picks[0][2])
-    size = (15, height * len(picks) + 0.5)
-    fig, axs = plt.subplots(len(picks), len(widths), figsize=size, width_ratios=widths, squeeze=False)
-    rows = []
+    shape = {"figsize": (15, height * len(picks) + 0.5), "width_ratios": widths, "squeeze": False}
+    (fig, axs), rows = plt.subplots(len(picks), len(widths), **shape), []
     for axes, (name, found, names) in zip(axs, picks, strict=True):
         _draw(axes, found, names, name)
         sizes = [found.probs.mean(0), found.values.norm(dim=-1), found.product.norm(dim=-1)]
@@ -115,28 +112,13 @@ def gates(model: Transformer, batches: Iterable[Batch]) -> list[Tensor]:
     Raises:
         UserError: a model without gates.
     """
-    modules = [block.attention.gate for block in model.blocks]
-    params.require(all(modules), "this model has no gates")
-    found: list[list[Tensor]] = [[] for _ in modules]
-    now: list[Tensor] = [torch.empty(0) for _ in modules]
-
-    def keep(index):
-        def function(_, __, pi):
-            now[index] = pi
-
-        return function
-
-    handles = [gate.register_forward_hook(keep(index)) for index, gate in enumerate(modules)]
-    try:
+    parts: list[list[Tensor]] = []
+    with probes.capture(model, "gate") as kept:
         for batch in batches:
             probes.run(model, batch)
-            _, mask = sinks.ids_and_mask(batch, now[0].device)
-            for parts, pi in zip(found, now, strict=True):
-                parts.append((pi.flatten(0, 1) if mask is None else pi[mask]).cpu())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [torch.cat(parts) for parts in found]
+            real = probes.ids_and_mask(batch)[1].cpu()
+            parts.append([pi.cpu()[real] for pi in kept.values()])
+    return [torch.cat(block) for block in zip(*parts, strict=True)]
 
 
 @contextmanager
@@ -156,9 +138,7 @@ def unread(model: nn.Module, dimensions: Iterable[int], by: str = "k"):
     sites = model.sites()
     places = [sites[name] for name in probes.resolve(model, by)]
     weights = [(place.module if isinstance(place, Place) else place).weight for place in places]
-    width, chosen = weights[0].shape[1], [int(dim) for dim in dimensions]
-    if bad := [dim for dim in chosen if not 0 <= dim < width]:
-        raise UserError(f"dimension {bad[0]} is out of range: heads read dimensions 0 to {width - 1}")
+    chosen = params.dimensions(dimensions, weights[0].shape[1])
     kept = [weight.data.clone() for weight in weights]
     try:
         for weight in weights:
@@ -169,28 +149,7 @@ def unread(model: nn.Module, dimensions: Iterable[int], by: str = "k"):
             weight.data.copy_(value)
 
 
-@torch.no_grad()
-def special_without(model: nn.Module, dimensions: list[int], batches: Iterable[Batch], groups: Tensor) -> float:
-    """Share of attention at special tokens, mean over heads and blocks, without these dimensions.
-
-    They are zeroed in every `norm2`; the first block stands before the first of these and is left out.
-
-    Args:
-        model, batches, groups: as for `sinks.survey`.
-        dimensions: none of them for the model as it is.
-
-    Raises:
-        UserError: a model of one block, and what `sinks.survey` and `dims.ablated` refuse.
-    """
-    with dims.ablated(model, dimensions):
-        after = sinks.survey(model, batches, groups, only_attention=True)
-    params.require(len(after) > 1, "the model has one block, and no block after a `norm2`")
-    return float(torch.stack([one.shares[:, :2].sum(1) for one in after[1:]]).mean())
-
-
-def standing(
-    surveys: list[list[sinks.SinkStatistics]], rules: dict[str, list[int]], others: list[int]
-) -> pd.DataFrame:
+def standing(surveys: list[list[SinkStatistics]], rules: dict[str, list[int]], others: list[int]) -> pd.DataFrame:
     """For every draw, block, rule and hidden state: the largest r (mean over heads) among a rule's dimensions.
 
     Args:
@@ -205,8 +164,8 @@ def standing(
     rows = []
     for draw, survey in enumerate(surveys):
         for block, one in enumerate(survey):
-            for hidden in sinks.CORRELATIONS:
-                r = sinks.over_heads(one.correlation(hidden))[1]
+            for hidden in statistics.CORRELATIONS:
+                r = statistics.over_heads(one.correlation(hidden))[1]
                 for rule, own in rules.items():
                     rows += [(draw, block, rule, hidden, *_beyond(r, own, others))] if own else []
     found = pd.DataFrame(rows, columns=["draw", "block", "rule", "hidden", "r", "random sets"])
@@ -224,55 +183,26 @@ def _beyond(r: Tensor, dimensions: list[int], others: list[int], sets: int = 200
 
 
 def language_heads(model: Transformer, batches: list[Tensor]) -> list[dict]:
-    """`sinks.table` of a model without special tokens, without what concerns them; and `pi`, the mean of each gate.
+    """`statistics.table` of a model without special tokens, less what concerns them; and `pi`, the mean of each gate.
 
     Returns:
         One row per head; `pi` is nan where there is no gate.
     """
-    alike = torch.full((model.config.vocab,), sinks.GROUPS.index("other"))
-    rows = sinks.table(sinks.survey(model, batches, alike))
-    pi = None if model.config.gate == "none" else [one.mean(0).tolist() for one in gates(model, batches)]
-    kept = ("block", "head", *sinks.NUMBERS)
-    return [
-        {name: row[name] for name in kept if name != "undrained"}
-        | {"pi": pi[row["block"]][row["head"]] if pi else float("nan")}
-        for row in rows
-    ]
+    alike = torch.full((model.config.vocab,), GROUPS.index("other"))
+    rows = pd.DataFrame(statistics.table(statistics.survey(model, batches, alike)))
+    gated = "blocks.0.gate" in model.sites()
+    pi = torch.stack([one.mean(0) for one in gates(model, batches)]).flatten().tolist() if gated else torch.nan
+    unasked = [*GROUPS, *(f"value_{group}" for group in GROUPS), "undrained"]
+    return rows.drop(columns=unasked).assign(pi=pi).to_dict("records")
 
 
-def runs_here(recipe) -> tuple[list, int]:
-    """Of the runs of a `sweep.Recipe`, its grid included, those that are finished and have weights on this machine.
-
-    Returns:
-        Pairs of a job and its run; and how many runs the recipe has.
-    """
-    jobs = {job.config: job for job in (*recipe.jobs, *recipe.grid) if not job.published}.values()
-    found = [(job, train.find(job.config)) for job in jobs]
-    return [(job, run) for job, run in found if run and run.has_weights and not run.diverged], len(jobs)
-
-
-def pick(title: str, one, model: Transformer, tokens: data.Tokens, batch: Tensor, longest: int = 24):
-    """A row of `gallery` for a head of a language model: `title` and its numbers, map, and the tokens spelled out.
-
-    Args:
-        one: a row of `language_heads`.
-        tokens: whose tokenizer spells; an id that it does not have is called [row].
-        batch: (B, T); the first `longest` tokens of its first row are shown.
-    """
-    row, block, head = batch[:1, :longest], int(one["block"]), int(one["head"])
-    names = [tokens.tokenizer.id_to_token(int(id)) or "[row]" for id in row[0]]
-    numbers = f"output {one['passed']:.2f}\nlargest column {one['largest']:.2f}, |v| there {one['value_ratio']:.2f}"
-    spelled = [name.replace("Ġ", "␣").replace("Ċ", "↵") for name in names]
-    return f"{title}\nblock {block}, head {head}: {numbers}", head_map(model, row, block, head), spelled
-
-
-def outlier_panels(blocks: list[sinks.OutlierCounts], lengths: list[int], groups: Tensor, tokenizer):
-    """What `sinkplots.outliers` draws of one block.
+def outlier_panels(blocks: list[OutlierCounts], lengths: list[int], groups: Tensor, tokenizer):
+    """What `figures.outliers` draws of one block.
 
     Args:
         blocks: of that block, one for each draw.
         lengths: tokens of every row of all draws.
-        groups: (V,), from `sinks.token_groups`.
+        groups: (V,), from `sentences.token_groups`.
 
     Returns:
         Panels by name: outliers per occurrence of the ten tokens that have most outliers, per token at each
@@ -290,4 +220,4 @@ def outlier_panels(blocks: list[sinks.OutlierCounts], lengths: list[int], groups
     rate = rate.sort_values(ascending=False)
     panels = {"by token": (rate, "outliers per occurrence")}
     panels |= {"by position": (by_position, "outliers per token"), "by dimension": (counts, "outliers")}
-    return panels, [sinks.GROUPS[groups[token]] for token in tokenizer.convert_tokens_to_ids(list(rate.index))]
+    return panels, [GROUPS[groups[token]] for token in tokenizer.convert_tokens_to_ids(list(rate.index))]

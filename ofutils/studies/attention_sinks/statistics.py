@@ -1,55 +1,29 @@
-"""Attention sinks: how much attention each head gives to which tokens, what it finds there, what goes with it.
+"""How much attention each head gives to which tokens, what it finds there, and what goes with it.
 
-    token_groups(tokenizer)            which ids are start, separator, punctuation, other
     survey(model, batches, groups)     per block: `SinkStatistics`, in one pass
     table(survey)                      one row per head, for a data frame
     correlations(survey)               one row per dimension, for a data frame
     outliers(model, batches, vocab)    per block: `OutlierCounts`, six-sigma entries by token, position, dimension
 
-Padding counts nowhere, neither as a query nor as a key, except in the one number that says so.
+Groups of tokens are those of `sentences.token_groups`. Padding counts nowhere, neither as a query nor as a key,
+except in the one number that says so.
 """
 
-import string
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ofutils import UserError, probes
+from ofutils import params, probes
 from ofutils.probes import Batch
+from ofutils.sentences import GROUPS
 from ofutils.transformer import Transformer
-
-#: Start and separator are BERT's [CLS] and [SEP], RoBERTa's <s> and </s>.
-GROUPS = ("start", "separator", "punctuation", "other")
 
 #: What `SinkStatistics.correlation` can be asked for.
 CORRELATIONS = ("input", "words", "output")
 #: Families of transformers whose attention sees the whole row.
 ENCODERS = ("bert", "roberta", "vit")
-#: What `SinkStatistics` says of each head in one number, beside its shares.
-NUMBERS = ("evenness", "largest", "zeros", "value_ratio", "output", "undrained", "passed")
-
-
-def token_groups(tokenizer) -> Tensor:
-    """The group of every id of a tokenizer of transformers.
-
-    Punctuation: tokens of ASCII punctuation alone, whatever marks a word's start or middle (`##`, `Ġ`, `▁`)
-    left aside. Special tokens other than the first and the separator are `other`.
-
-    Returns:
-        (V,) int64, indices into `GROUPS`.
-    """
-    marks = set(string.punctuation)
-    pieces = (str(piece) for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
-    bare = [piece.removeprefix("Ġ").removeprefix("▁") for piece in pieces]  # "##" alone is two signs, no mark
-    bare = [piece.removeprefix("##") if len(piece) > 2 else piece for piece in bare]
-    found = torch.tensor([2 if piece and set(piece) <= marks else 3 for piece in bare])
-    found[[id for id in tokenizer.all_special_ids if id < len(found)]] = 3
-    for group, names in ((1, ("sep_token_id", "eos_token_id")), (0, ("cls_token_id", "bos_token_id"))):
-        ids = [id for name in names if (id := getattr(tokenizer, name, None)) is not None]
-        found[ids[:1]] = group
-    return found
 
 
 @dataclass
@@ -87,9 +61,8 @@ class SinkStatistics:
             gated: (B, T, D), the context behind a gate; None where there is no gate.
             causal: whether a query sees no later key; those keys are no zeros.
         """
-        mask = torch.ones_like(groups, dtype=torch.bool) if mask is None else mask.bool()
-        gated = context if gated is None else gated
-        fed = mask.sum(1) > 1  # a row of one token has nowhere else to look
+        mask, gated = torch.ones_like(groups) if mask is None else mask, context if gated is None else gated
+        mask, fed = mask.bool(), mask.sum(1) > 1  # a row of one token has nowhere else to look
         probs, v, context, gated, before, after, groups, mask = (
             x[fed] for x in (probs, v, context, gated, before, after, groups, mask)
         )
@@ -175,47 +148,30 @@ class SinkStatistics:
         return self.sums["mass"] / self.sums["queries"]
 
     @property
-    def evenness(self) -> Tensor:
-        """(H,): column entropy, entropy of a_t over log n, mean over rows: 1 all columns alike, 0 one has it all,
-        or, behind a clipped softmax, the head hands out nothing."""
-        return self.sums["evenness"] / self.sums["rows"]
+    def numbers(self) -> dict[str, Tensor]:
+        """What is said of each head in one number, (H,) float64 each; means are over rows.
 
-    @property
-    def largest(self) -> Tensor:
-        """(H,): of the attention that a head hands out in a row, the share of the sink, mean over rows. Clipped
-        probabilities need not sum to 1: what is not handed out does not count, and of nothing the share is 0."""
-        return self.sums["largest"] / self.sums["rows"]
-
-    @property
-    def zeros(self) -> Tensor:
-        """(H,): of the probabilities of visible keys, the share that is exactly zero."""
-        return self.sums["zeros"] / self.sums["pairs"]
-
-    @property
-    def value_ratio(self) -> Tensor:
-        """(H,): |v| at the sink of a row over the median |v| of its other tokens, geometric mean over rows."""
-        return (self.sums["log_ratio"] / self.sums["rows"]).exp()
-
-    @property
-    def output(self) -> Tensor:
-        """(H,): mean |context| of a row's queries over the same median |v|, mean over rows. Near 0: the head does
-        nothing; 1: it hands on what one token holds."""
-        return self.sums["output"] / self.sums["rows"]
-
-    @property
-    def undrained(self) -> Tensor:
-        """(H,): what `output` would be if the attention to special tokens went to the others, in proportion."""
-        return self.sums["undrained"] / self.sums["rows"]
+        `evenness`: column entropy, entropy of a_t over log n: 1 all columns alike, 0 one has it all, or, behind a
+        clipped softmax, the head hands out nothing. `largest`: of the attention that a head hands out in a row, the
+        share of the sink (clipped probabilities need not sum to 1; of nothing the share is 0). `zeros`: of the
+        probabilities of visible keys, the share that is exactly zero. `value_ratio`: |v| at the sink over the median
+        |v| of the row's other tokens, geometric mean. `output`: mean |context| of a row's queries over the same
+        median; near 0 the head does nothing, at 1 it hands on what one token holds. `undrained`: what `output` would
+        be if the attention to special tokens went to the others, in proportion. `passed`: what a gate lets through
+        of `output`; `output` where there is no gate. Without values (`add_attention`) the first three alone.
+        """
+        rows = self.sums["rows"]
+        found = {"evenness": self.sums["evenness"] / rows, "largest": self.sums["largest"] / rows}
+        found["zeros"] = self.sums["zeros"] / self.sums["pairs"]
+        if "log_ratio" in self.sums:
+            found["value_ratio"] = (self.sums["log_ratio"] / rows).exp()
+            found |= {name: self.sums[name] / rows for name in ("output", "undrained", "passed")}
+        return found
 
     @property
     def values(self) -> Tensor:
         """(H, G): |v| over the same median |v|, geometric mean over the tokens of each group; nan of none."""
         return (self.sums["log_values"] / self.sums["counts"]).exp()
-
-    @property
-    def passed(self) -> Tensor:
-        """(H,): the same of what a gate lets through; `output` where there is no gate."""
-        return self.sums["passed"] / self.sums["rows"]
 
     def correlation(self, hidden: str = "input") -> Tensor:
         """Pearson's r over tokens between |h_t[d]| and the attention that t receives, for every head and dimension.
@@ -231,8 +187,7 @@ class SinkStatistics:
 
         Source: puccetti2022, released code.
         """
-        if hidden not in CORRELATIONS:
-            raise UserError(f"unknown hidden state {hidden!r}; known: {', '.join(CORRELATIONS)}")
+        params.require(hidden in CORRELATIONS, f"unknown hidden state {hidden!r}; known: {', '.join(CORRELATIONS)}")
         n, a, aa, x, xx, ax = (self.sums[f"{hidden} {key}"] for key in ("n", "a", "aa", "x", "xx", "ax"))
         spread_a, spread_x = ((s2 / n - (s / n).square()).clamp(min=0) for s, s2 in ((a, aa), (x, xx)))
         sizes = (self.sums[f"{hidden} {part} size"] / n for part in "ax")
@@ -266,7 +221,7 @@ def survey(
     with probes.capture(model, ["probs"] if only_attention else ["probs", "v", "context", *gated, *streams]) as kept:
         for batch in batches:
             probes.run(model, batch)
-            ids, mask = ids_and_mask(batch, next(model.parameters()).device)
+            ids, mask = (x.to(kept["blocks.0.probs"].device) for x in probes.ids_and_mask(batch))
             of = groups.to(ids.device)[ids]
             for layer, statistics in enumerate(found):
                 if only_attention:
@@ -275,19 +230,18 @@ def survey(
                 own = [kept[f"blocks.{layer}.{site}"] for site in ("probs", "v", "context")]
                 hidden = kept[streams[layer]], kept[streams[layer + 1]]
                 statistics.add(*own, *hidden, of, mask, kept.get(f"blocks.{layer}.gated"), causal)
-    if not found or not found[0].sums.get("rows"):
-        raise UserError("nothing to survey: no attention, or no row of two tokens or more")
+    params.require(bool(found and found[0].sums.get("rows")), "nothing to survey: no attention, no row of two tokens")
     return found
 
 
 def table(survey: list[SinkStatistics]) -> list[dict]:
-    """One row per head: block, head, its share for each group, |v| at each group, and `NUMBERS`."""
+    """One row per head: block, head, its share for each group, |v| at each group, and its numbers."""
     rows = []
     for block, one in enumerate(survey):
         columns = dict(zip(GROUPS, one.shares.T.tolist(), strict=True))
         columns |= {f"value_{name}": column for name, column in zip(GROUPS, one.values.T.tolist(), strict=True)}
-        columns |= {name: getattr(one, name).tolist() for name in NUMBERS}
-        for head in range(len(one.evenness)):
+        columns |= {name: values.tolist() for name, values in one.numbers.items()}
+        for head in range(len(one.shares)):
             rows.append({"block": block, "head": head} | {name: values[head] for name, values in columns.items()})
     return rows
 
@@ -312,17 +266,9 @@ def correlations(survey: list[SinkStatistics], hidden: str = "input") -> list[di
     for block, one in enumerate(survey):
         parts = (part.tolist() for part in over_heads(one.correlation(hidden)))
         for dimension, (low, mean, high) in enumerate(zip(*parts, strict=True)):
-            own = {"hidden": hidden, "block": block, "dimension": dimension}
-            rows.append(own | {"low": low, "r": mean, "high": high})
+            where = {"hidden": hidden, "block": block, "dimension": dimension}
+            rows.append(where | {"low": low, "r": mean, "high": high})
     return rows
-
-
-def ids_and_mask(batch: Batch, device) -> tuple[Tensor, Tensor | None]:
-    """The ids of a batch and, true at tokens, its mask (None without padding), both (B, T) on the device."""
-    if torch.is_tensor(batch):
-        return batch.to(device), None
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].to(device), None if mask is None else mask.bool().to(device)
 
 
 @dataclass
@@ -356,39 +302,24 @@ def outliers(model: nn.Module, batches: Iterable[Batch], vocab: int, site: str =
     Source: bondarenko2023, footnote 1 and Figure 1 (after Bondarenko et al. 2021).
     """
     names = [name for name in probes.resolve(model, site) if name.startswith("blocks.")]
-    sums: dict[str, list[Tensor]] = {}
+    split = [(batch, *probes.ids_and_mask(batch)) for batch in batches]
+    params.require(bool(names and split), f"nothing to count: no batches, or no block has {site}")
+    longest, sums = max(ids.shape[1] for _, ids, _ in split), {}
     with probes.capture(model, names) as kept:
-        for batch in batches:
+        for batch, ids, mask in split:
             probes.run(model, batch)
             for name in names:
-                ids, mask = ids_and_mask(batch, kept[name].device)
-                parts = _count(
-                    kept[name], ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, vocab
-                )
-                sums[name] = (
-                    [_longer(a, b) for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts
-                )
-    if not sums:
-        raise UserError(f"nothing to count: no batches, or no block has {site}")
+                counts = _count(kept[name].cpu(), ids.cpu(), mask.cpu(), vocab, longest)
+                sums[name] = [a + b for a, b in zip(sums[name], counts, strict=True)] if name in sums else counts
     return [OutlierCounts(*sums[name]) for name in names]
 
 
-def _count(x: Tensor, ids: Tensor, mask: Tensor, vocab: int) -> list[Tensor]:
+def _count(x: Tensor, ids: Tensor, mask: Tensor, vocab: int, longest: int) -> list[Tensor]:
     """By token, by dimension, by position, and the tokens; x is (B, T, D)."""
-    x, real = x.double(), mask[..., None].double()  # (B, T, D), (B, T, 1)
-    entries = real.sum((1, 2)) * x.shape[-1]  # (B,)
-    mean = (x * real).sum((1, 2)) / entries
-    deviation = (x - mean[:, None, None]).abs() * real
-    limit = 6 * (deviation.square().sum((1, 2)) / (entries - 1)).sqrt()
-    hits = deviation > limit[:, None, None]  # padding has deviation 0
-    by_token = torch.zeros(vocab, dtype=torch.int64, device=x.device).index_add_(
-        0, ids.flatten(), hits.sum(2).flatten()
-    )
-    counts = [by_token, hits.sum((0, 1)), hits.sum((0, 2)), torch.bincount(ids[mask], minlength=vocab)]
-    return [part.cpu() for part in counts]
-
-
-def _longer(a: Tensor, b: Tensor) -> Tensor:
-    """a + b; the shorter of two lists of positions is filled up with zeros."""
-    a, b = (a, b) if len(a) >= len(b) else (b, a)
-    return a + nn.functional.pad(b, (0, len(a) - len(b)))
+    real = x.double().masked_fill(~mask[..., None], torch.nan)
+    deviation = (real - real.nanmean((1, 2), keepdim=True)).abs()
+    entries = mask.sum(1)[:, None, None] * x.shape[-1]  # (B, 1, 1)
+    limit = 6 * (deviation.square().nansum((1, 2), keepdim=True) / (entries - 1)).sqrt()
+    row, position, dimension = (deviation > limit).nonzero(as_tuple=True)  # padding is nan
+    places = ((ids[row, position], vocab), (dimension, x.shape[-1]), (position, longest), (ids[mask], vocab))
+    return [torch.bincount(place, minlength=size) for place, size in places]

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ofutils import data, dims, heads, params
+from ofutils import dims, heads, params, sentences
 from ofutils.probes import run
 from ofutils.transformer import Head, Transformer
 
@@ -57,7 +57,7 @@ def with_trained_head(
         steps: see `heads.train_mlm_head`; its rate is 1e-2 here.
         seed: of the head's start and order, and of the masks.
     """
-    masked = [data.mask_tokens(batch, tokenizer, 100_000 * seed + index) for index, batch in enumerate(batches)]
+    masked = [sentences.mask_tokens(batch, tokenizer, 100_000 * seed + index) for index, batch in enumerate(batches)]
     shown = [kept[batch["input_ids"]] & batch["attention_mask"].bool() for batch in batches]
     visible = [(b, torch.where(one, b["input_ids"], -100)) for b, one in zip(batches, shown, strict=True)]
     return joined(encoder, heads.train_mlm_head(encoder, masked + visible, steps, seed, lr=1e-2))
@@ -122,8 +122,7 @@ def diversity(ids: Tensor, counts: Tensor) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------
-# parts of speech
+# --- parts of speech
 
 
 def find_tagger(name: str = "en_core_web_sm") -> Tagger | None:
@@ -180,7 +179,7 @@ def parts_of_speech(
 
     Args:
         tokenizer: of transformers.
-        masked: batches and labels, from `data.mask_tokens`.
+        masked: batches and labels, from `sentences.mask_tokens`.
         predicted: (B, T) each, from `predict`.
         alone: tag each token on its own, as the authors do.
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers
 
-from ofutils import UserError, attention, dims, families, hub, probes, sinks
+from ofutils import UserError, attention, dims, families, hub, metrics, probes
+from ofutils.sentences import token_groups
 from ofutils.streaming import Statistics
+from ofutils.studies.attention_sinks import statistics
 from ofutils.transformer import Transformer, TransformerConfig
 from tests.configurations import ENCODER
-
-NUMBERS = ("shares", "values", *sinks.NUMBERS)
 
 
 def tensors(rows=3, length=6, heads=2, width=8):
@@ -26,14 +26,15 @@ def tensors(rows=3, length=6, heads=2, width=8):
 
 
 def survey(parts, mask=None, **options):
-    found = sinks.SinkStatistics()
+    found = statistics.SinkStatistics()
     found.add(*parts, mask, **options)
     return found
 
 
-def assert_same(a, b, tolerance=1e-5, variants=sinks.CORRELATIONS):
-    for name in NUMBERS:
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=tolerance, atol=tolerance, equal_nan=True)
+def assert_same(a, b, tolerance=1e-5, variants=statistics.CORRELATIONS):
+    near = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+    torch.testing.assert_close([a.shares, a.values], [b.shares, b.values], **near)
+    torch.testing.assert_close(a.numbers, b.numbers, **near)
     for variant in variants:
         torch.testing.assert_close(a.correlation(variant), b.correlation(variant), rtol=tolerance, atol=tolerance)
 
@@ -47,9 +48,9 @@ def test_uniform_attention():
     found = survey(parts)
     expected = torch.tensor([1, 1, 1, 3], dtype=torch.float64) / 6
     assert torch.allclose(found.shares, expected.expand(2, 4), atol=1e-6)
-    assert torch.allclose(found.evenness, torch.ones(2, dtype=torch.float64), atol=1e-6)
-    assert torch.allclose(found.largest, torch.full((2,), 1 / 6, dtype=torch.float64), atol=1e-6)
-    assert found.correlation().isnan().all() and found.zeros.sum() == 0
+    assert torch.allclose(found.numbers["evenness"], torch.ones(2, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(found.numbers["largest"], torch.full((2,), 1 / 6, dtype=torch.float64), atol=1e-6)
+    assert found.correlation().isnan().all() and found.numbers["zeros"].sum() == 0
 
 
 def test_all_attention_on_one_column():
@@ -63,11 +64,11 @@ def test_all_attention_on_one_column():
     parts[2] = torch.cat([parts[1][:, :1, :4], parts[1][:, 3:4, 4:]], -1).expand(1, 5, 8)
     found = survey(parts)
     assert found.shares.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
-    assert found.evenness.tolist() == [0, 0] and found.largest.tolist() == [1, 1]
-    assert found.zeros.tolist() == [0.8, 0.8]
+    assert found.numbers["evenness"].tolist() == [0, 0] and found.numbers["largest"].tolist() == [1, 1]
+    assert found.numbers["zeros"].tolist() == [0.8, 0.8]
     # others of the start: 1 2 4 8, of position 3: 0.1 1 2 8; the lower median of four
-    assert found.value_ratio.tolist() == pytest.approx([0.1 / 2, 4 / 1])
-    assert found.output.tolist() == pytest.approx([0.1 / 2, 4 / 1])
+    assert found.numbers["value_ratio"].tolist() == pytest.approx([0.1 / 2, 4 / 1])
+    assert found.numbers["output"].tolist() == pytest.approx([0.1 / 2, 4 / 1])
 
 
 def test_a_planted_correlation_is_found_in_its_dimension_and_variant():
@@ -115,37 +116,41 @@ def test_clipped_attention_does_not_upset_the_entropy():
     shares = parts[0].mean(2).double()
     shares /= shares.sum(-1, keepdim=True)
     expected = (torch.special.entr(shares).sum(-1) / math.log(6)).mean(0)
-    assert torch.allclose(found.evenness, expected, atol=1e-6)
-    assert torch.allclose(found.zeros, (parts[0] == 0).double().mean((0, 2, 3)))
+    assert torch.allclose(found.numbers["evenness"], expected, atol=1e-6)
+    assert torch.allclose(found.numbers["zeros"], (parts[0] == 0).double().mean((0, 2, 3)))
 
 
 def test_heads_that_attend_to_nothing_at_all_stay_finite():
     parts = tensors()
     parts[0] = torch.zeros_like(parts[0])
     found = survey(parts)
-    assert found.zeros.tolist() == [1, 1] and found.evenness.tolist() == [0, 0] and found.shares.sum() == 0
-    assert found.value_ratio.isfinite().all()
+    assert (
+        found.numbers["zeros"].tolist() == [1, 1]
+        and found.numbers["evenness"].tolist() == [0, 0]
+        and found.shares.sum() == 0
+    )
+    assert found.numbers["value_ratio"].isfinite().all()
 
 
 def test_keys_that_a_causal_query_cannot_see_are_no_zeros():
     parts = tensors()
     parts[0] = torch.softmax(torch.randn(3, 2, 6, 6).masked_fill(~torch.ones(6, 6).tril().bool(), -torch.inf), -1)
-    assert survey(parts, causal=True).zeros.tolist() == [0, 0]
-    assert survey(parts).zeros.tolist() == pytest.approx([15 / 36] * 2)
+    assert survey(parts, causal=True).numbers["zeros"].tolist() == [0, 0]
+    assert survey(parts).numbers["zeros"].tolist() == pytest.approx([15 / 36] * 2)
 
 
 def test_hard_attention_to_the_first_token_is_not_taken_for_causal():
     parts = tensors()
     parts[0] = torch.zeros(3, 2, 6, 6)
     parts[0][..., 0] = 1
-    assert survey(parts).zeros.tolist() == pytest.approx([5 / 6] * 2)
+    assert survey(parts).numbers["zeros"].tolist() == pytest.approx([5 / 6] * 2)
 
 
 def test_the_largest_column_is_a_share_of_what_is_handed_out():
     parts = tensors()
     whole = survey(parts)
     parts[0] = parts[0] * 0.3  # as if clipped
-    assert torch.allclose(survey(parts).largest, whole.largest, atol=1e-6)
+    assert torch.allclose(survey(parts).numbers["largest"], whole.numbers["largest"], atol=1e-6)
 
 
 def test_a_head_undrained_hands_on_what_its_other_attention_finds():
@@ -155,8 +160,8 @@ def test_a_head_undrained_hands_on_what_its_other_attention_finds():
     parts[2] = (parts[0] @ parts[1][:, None])[:, 0]
     parts[5] = torch.tensor([[0, 3, 3, 1]])
     found, median = survey(parts), 4.0  # of 2, 4 and 12.7: the sink, which is the start, is left out
-    assert float(found.output) == pytest.approx(math.hypot(0.3, 0.2) / median)
-    assert float(found.undrained) == pytest.approx(math.hypot(1.5, 1.0) / median)
+    assert float(found.numbers["output"]) == pytest.approx(math.hypot(0.3, 0.2) / median)
+    assert float(found.numbers["undrained"]) == pytest.approx(math.hypot(1.5, 1.0) / median)
     assert found.values[0, 3] == pytest.approx(math.sqrt(8) / median) and found.values[0, 2].isnan()
     assert found.values[0, 1] == pytest.approx(math.hypot(9, 9) / median)
 
@@ -166,7 +171,7 @@ def test_undrained_attention_hands_out_as_much_as_before():
     parts[0], parts[5] = parts[0] * 0.25, torch.full((3, 6), 3)  # as if clipped; no special tokens
     parts[2] = (parts[0] @ parts[1].unflatten(-1, (2, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
     found = survey(parts)
-    assert torch.allclose(found.undrained, found.output, atol=1e-6)
+    assert torch.allclose(found.numbers["undrained"], found.numbers["output"], atol=1e-6)
 
 
 def test_a_head_of_constant_attention_is_left_out_of_the_mean_over_heads():
@@ -175,24 +180,24 @@ def test_a_head_of_constant_attention_is_left_out_of_the_mean_over_heads():
     found = survey(parts)
     r = found.correlation()
     assert r[0].isnan().all() and r[1].isfinite().all()
-    assert all(torch.equal(part, r[1]) for part in sinks.over_heads(r))
-    assert [row["r"] for row in sinks.correlations([found])] == r[1].tolist()
-    assert sinks.over_heads(r[:1])[1].isnan().all()
+    assert all(torch.equal(part, r[1]) for part in statistics.over_heads(r))
+    assert [row["r"] for row in statistics.correlations([found])] == r[1].tolist()
+    assert statistics.over_heads(r[:1])[1].isnan().all()
 
 
 def test_what_passes_a_gate():
     parts = tensors()
-    assert torch.equal(survey(parts).passed, survey(parts).output)
-    assert torch.allclose(survey(parts, gated=parts[2] / 4).passed, survey(parts).output / 4)
+    assert torch.equal(survey(parts).numbers["passed"], survey(parts).numbers["output"])
+    assert torch.allclose(survey(parts, gated=parts[2] / 4).numbers["passed"], survey(parts).numbers["output"] / 4)
 
 
 def test_attention_alone_gives_the_same_numbers_of_attention():
     parts, mask = padded(tensors())
-    alone = sinks.SinkStatistics()
+    alone = statistics.SinkStatistics()
     alone.add_attention(parts[0], parts[5], mask)
     whole = survey(parts, mask)
-    for name in ("shares", "evenness", "largest", "zeros"):
-        assert torch.equal(getattr(alone, name), getattr(whole, name))
+    assert torch.equal(alone.shares, whole.shares) and set(alone.numbers) == {"evenness", "largest", "zeros"}
+    assert all(torch.equal(values, whole.numbers[name]) for name, values in alone.numbers.items())
 
 
 def test_the_level_of_a_row_is_no_correlation():
@@ -233,7 +238,7 @@ def test_padding_counts_where_the_authors_count_it():
 def test_batches_may_be_split_and_merged():
     parts = tensors(rows=5)
     halves = [survey([x[rows] for x in parts]) for rows in (slice(0, 2), slice(2, 5))]
-    together = sinks.SinkStatistics()
+    together = statistics.SinkStatistics()
     for rows in (slice(0, 1), slice(1, 5)):
         together.add(*(x[rows] for x in parts))
     assert_same(halves[0].merge(halves[1]), survey(parts), 1e-9)
@@ -266,7 +271,7 @@ def test_pieces_of_roberta_and_of_sentencepiece_lose_their_marks():
         def convert_ids_to_tokens(self, ids):
             return [self.pieces[id] for id in ids]
 
-    assert sinks.token_groups(Tokenizer()).tolist() == [0, 1, 2, 2, 2, 2, 3, 3, 2, 2, 2, 3]
+    assert token_groups(Tokenizer()).tolist() == [0, 1, 2, 2, 2, 2, 3, 3, 2, 2, 2, 3]
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +284,7 @@ def bert():
 
 def test_groups_of_tokens(bert):
     _, tokenizer, _ = bert
-    groups = sinks.token_groups(tokenizer)
+    groups = token_groups(tokenizer)
     of = dict(zip(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), groups.tolist(), strict=True))
     assert of["[CLS]"] == 0 and of["[SEP]"] == 1
     assert {of[mark] for mark in string.punctuation} == {2}
@@ -289,7 +294,7 @@ def test_groups_of_tokens(bert):
 
 def test_a_survey_reads_a_hugging_face_bert_as_the_authors_do(bert):
     model, tokenizer, batch = bert
-    found = sinks.survey(families.with_sites(model), [batch], sinks.token_groups(tokenizer))
+    found = statistics.survey(families.with_sites(model), [batch], token_groups(tokenizer))
     with torch.no_grad():
         output = model(**batch, output_attentions=True, output_hidden_states=True)
     mask = batch["attention_mask"].bool()
@@ -303,30 +308,32 @@ def test_a_survey_reads_a_hugging_face_bert_as_the_authors_do(bert):
 
 def test_the_converted_model_gives_the_same_but_at_padding(bert):
     model, tokenizer, batch = bert
-    groups = sinks.token_groups(tokenizer)
-    theirs = sinks.survey(families.with_sites(model), [batch], groups)
-    ours = sinks.survey(families.from_hf(model), [batch], groups)
+    groups = token_groups(tokenizer)
+    theirs = statistics.survey(families.with_sites(model), [batch], groups)
+    ours = statistics.survey(families.from_hf(model), [batch], groups)
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, b, 1e-3, variants=("input", "words"))
 
 
 def test_a_survey_of_batches_does_not_depend_on_how_they_are_cut(bert):
     model, tokenizer, batch = bert
-    groups, network = sinks.token_groups(tokenizer), families.from_hf(model)
+    groups, network = token_groups(tokenizer), families.from_hf(model)
     rows = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(3)]
-    for a, b in zip(sinks.survey(network, rows, groups), sinks.survey(network, [batch], groups), strict=True):
+    for a, b in zip(
+        statistics.survey(network, rows, groups), statistics.survey(network, [batch], groups), strict=True
+    ):
         assert_same(a, b, 1e-4, variants=("input", "words"))
 
 
 def test_a_causal_model_and_plain_ids():
-    config = TransformerConfig(vocab=40, layers=2, width=16, heads=2, context=12, alpha=2.0)
+    config = TransformerConfig(vocab=40, layers=2, width=16, heads=2, context=12, attention={"alpha": 2.0})
     model, ids = Transformer(config).eval(), torch.randint(0, 40, (3, 12))
-    found = sinks.survey(model, [ids], torch.full((40,), 3))
+    found = statistics.survey(model, [ids], torch.full((40,), 3))
     with probes.capture(model, "probs") as kept:
         probes.run(model, ids)
     seen = torch.ones(12, 12, dtype=torch.bool).tril()
     expected = (kept["blocks.1.probs"][:, :, seen] == 0).double().mean((0, 2))
-    assert torch.allclose(found[1].zeros, expected) and expected.min() > 0.1
+    assert torch.allclose(found[1].numbers["zeros"], expected) and expected.min() > 0.1
     assert not model._forward_hooks and not model.blocks[0].attention.probs._forward_hooks
 
 
@@ -341,24 +348,24 @@ def test_a_sink_that_hangs_on_one_dimension_goes_with_it():
             block.attention.k.weight.zero_()
             block.attention.k.weight[:, 3] = 1  # and keys read it alone
     ids, groups = torch.randint(0, 40, (8, 10)), torch.full((40,), 3)
-    full = sinks.survey(model, [ids], groups)
+    full = statistics.survey(model, [ids], groups)
     with dims.ablated(model, [3]):
-        without = sinks.survey(model, [ids], groups)
-    assert full[1].evenness.max() < 0.9
-    assert torch.allclose(without[1].evenness, torch.ones(4, dtype=torch.float64), atol=1e-5)
+        without = statistics.survey(model, [ids], groups)
+    assert full[1].numbers["evenness"].max() < 0.9
+    assert torch.allclose(without[1].numbers["evenness"], torch.ones(4, dtype=torch.float64), atol=1e-5)
     assert_same(without[0], full[0], variants=("input",))  # the first block stands before the first norm2
 
 
 def test_a_table_has_a_row_for_every_head():
-    found = sinks.survey(Transformer(ENCODER).eval(), [torch.randint(0, 40, (2, 8))], torch.full((40,), 3))
-    rows = sinks.table(found)
+    found = statistics.survey(Transformer(ENCODER).eval(), [torch.randint(0, 40, (2, 8))], torch.full((40,), 3))
+    rows = statistics.table(found)
     assert [(row["block"], row["head"]) for row in rows] == [(b, h) for b in range(3) for h in range(4)]
-    assert rows[5]["evenness"] == float(found[1].evenness[1]) and rows[5]["other"] == pytest.approx(1)
+    assert rows[5]["evenness"] == float(found[1].numbers["evenness"][1]) and rows[5]["other"] == pytest.approx(1)
 
 
 def test_correlations_have_a_row_for_every_dimension():
-    found = sinks.survey(Transformer(ENCODER).eval(), [torch.randint(0, 40, (4, 8))], torch.full((40,), 3))
-    rows = sinks.correlations(found, "output")
+    found = statistics.survey(Transformer(ENCODER).eval(), [torch.randint(0, 40, (4, 8))], torch.full((40,), 3))
+    rows = statistics.correlations(found, "output")
     assert [(row["block"], row["dimension"]) for row in rows] == [(b, d) for b in range(3) for d in range(16)]
     r = found[1].correlation("output")[:, 5]
     assert rows[21]["r"] == pytest.approx(float(r.mean())) and rows[21]["low"] <= rows[21]["r"] <= rows[21]["high"]
@@ -367,26 +374,26 @@ def test_correlations_have_a_row_for_every_dimension():
 
 def test_a_survey_of_attention_alone_is_the_same(bert):
     model, tokenizer, batch = bert
-    groups, network = sinks.token_groups(tokenizer), families.with_sites(model)
-    whole, alone = (sinks.survey(network, [batch], groups, only_attention=only) for only in (False, True))
+    groups, network = token_groups(tokenizer), families.with_sites(model)
+    whole, alone = (statistics.survey(network, [batch], groups, only_attention=only) for only in (False, True))
     for a, b in zip(whole, alone, strict=True):
-        assert torch.equal(a.shares, b.shares) and torch.equal(a.evenness, b.evenness)
+        assert torch.equal(a.shares, b.shares) and torch.equal(a.numbers["evenness"], b.numbers["evenness"])
 
 
 def test_nothing_to_survey_is_an_error():
     model = Transformer(ENCODER).eval()
     for batches in ([], [torch.zeros(2, 1, dtype=torch.long)]):
         with pytest.raises(UserError, match="no row of two tokens"):
-            sinks.survey(model, batches, torch.zeros(40, dtype=torch.long))
+            statistics.survey(model, batches, torch.zeros(40, dtype=torch.long))
     with pytest.raises(UserError, match="no batches"):
-        sinks.outliers(model, [], 40)
+        statistics.outliers(model, [], 40)
 
 
 def test_a_model_without_values_as_a_site_says_so():
     gpt2 = transformers.GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=1, n_head=2)
     model = families.with_sites(transformers.GPT2Model(gpt2).eval())
     with pytest.raises(UserError, match="unknown site 'v'"):
-        sinks.survey(model, [torch.randint(0, 40, (1, 8))], torch.full((40,), 3))
+        statistics.survey(model, [torch.randint(0, 40, (1, 8))], torch.full((40,), 3))
 
 
 # --- outliers
@@ -400,13 +407,14 @@ def test_outliers_are_those_of_the_streaming_statistics():
     mask = torch.arange(12).expand(6, -1) < torch.tensor([12, 9, 12, 3, 7, 12])[:, None]
     batch = {"input_ids": torch.randint(0, 40, (6, 12)), "attention_mask": mask.long()}
     halves = [{name: x[rows] for name, x in batch.items()} for rows in (slice(0, 2), slice(2, 6))]
-    for block, one in enumerate(sinks.outliers(model, halves, 40)):
+    for block, one in enumerate(statistics.outliers(model, halves, 40)):
         with probes.capture(model, f"blocks.{block}.mlp_out") as kept:
             probes.run(model, batch)
         expected = Statistics(("outlier_share",))
         expected.add(kept[f"blocks.{block}.mlp_out"], mask)
         assert one.by_dimension.tolist() == expected.sums["outliers_by_dimension"].tolist()
-        assert one.by_position.tolist() == expected.sums["outliers_by_position"].tolist()
+        rows = [metrics.six_sigma(x[None, :n])[0].sum(1) for x, n in zip(*kept.values(), mask.sum(1), strict=True)]
+        assert one.by_position.tolist() == torch.nn.utils.rnn.pad_sequence(rows).sum(1).tolist()
         assert one.by_token.sum() == one.by_dimension.sum() and one.tokens.sum() == mask.sum()
 
 
@@ -416,7 +424,7 @@ def test_outliers_are_counted_by_the_token_they_sit_at(monkeypatch):
     ids = torch.tensor([[0, 5, 8, 8, 8, 1], [0, 8, 8, 6, 1, 2]])
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, 5] = False
-    one = sinks.OutlierCounts(*sinks._count(x, ids, mask, 10))
+    one = statistics.OutlierCounts(*statistics._count(x, ids, mask, 10, 6))
     assert one.by_token.nonzero().flatten().tolist() == [5, 6] and one.by_token[[5, 6]].tolist() == [2, 1]
     assert one.by_dimension[[4, 9]].tolist() == [2, 1] and one.by_position.tolist() == [0, 2, 0, 1, 0, 0]
     groups = torch.tensor([0, 1, 3, 3, 3, 2, 3, 3, 3, 3])
@@ -426,7 +434,7 @@ def test_outliers_are_counted_by_the_token_they_sit_at(monkeypatch):
 
 
 def test_no_outliers_have_no_shares():
-    one = sinks.OutlierCounts(
-        *sinks._count(torch.randn(1, 4, 8), torch.zeros(1, 4).long(), torch.ones(1, 4).bool(), 3)
+    one = statistics.OutlierCounts(
+        *statistics._count(torch.randn(1, 4, 8), torch.zeros(1, 4).long(), torch.ones(1, 4).bool(), 3, 4)
     )
     assert one.by_group(torch.zeros(3, dtype=torch.long))[0].isnan().all()

@@ -10,6 +10,7 @@ GLUE comes from the Hub as parquet. Its test splits have no labels and are not u
 standard library and on every machine; a folder is for data of one's own.
 """
 
+import ast
 import hashlib
 import math
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from ofutils import UserError, data, hub, params
+from ofutils.sentences import documented, first_sentence
 
 #: Where GLUE lies on the Hub.
 GLUE = "nyu-mll/glue"
 _SENTENCES = ("sentence1", "sentence2")
 _ENDINGS = (".parquet", ".tsv", ".csv")
 _HELD_OUT, _MOST = 250, 1200  # functions in `docstrings`: for validation, and for training at most
-_APART = 8  # `data.pairs` takes no more from one file, so that the eighth before is from another
+_APART = 8  # `pairs` takes no more from one file, so that the eighth before is from another
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,6 @@ TASKS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------
-# metrics
-
-
 def accuracy(predicted: np.ndarray, true: np.ndarray) -> float:
     """Share of equal entries."""
     return float(np.mean(np.asarray(predicted) == np.asarray(true)))
@@ -69,20 +67,9 @@ def pearson(predicted: np.ndarray, true: np.ndarray) -> float:
     return float(np.corrcoef(*sides)[0, 1]) if defined else 0.0
 
 
-def matthews(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Matthews' correlation of two vectors of 0 and 1, -1 to 1; 0 where one side is constant.
-
-    (TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN)), which is Pearson's correlation of the two.
-    """
-    return pearson(predicted, true)
-
-
-#: What a task is scored by; higher is better.
-METRICS = {"accuracy": accuracy, "mcc": matthews, "pearson": pearson}
-
-
-# ---------------------------------------------------------------------------------------------------
-# data
+#: What a task is scored by; higher is better. Matthews' correlation of two vectors of 0 and 1, that is
+#: (TP TN - FP FN) / sqrt((TP + FP)(TP + FN)(TN + FP)(TN + FN)), is Pearson's of the two.
+METRICS = {"accuracy": accuracy, "mcc": pearson, "pearson": pearson}
 
 
 def read_task(task: str) -> Task:
@@ -94,8 +81,7 @@ def read_task(task: str) -> Task:
     if task in TASKS:
         return TASKS[task]
     if not find_folder(task):
-        known = f"known: {', '.join(TASKS)}, or the path of a folder"
-        raise UserError(f"unknown task {task!r}{params.suggest(task, TASKS)}; {known}")
+        params.require_known("task", task, (*TASKS, "or the path of a folder"))
     keys, classes = _columns(task), _classes(task)
     return Task(keys, len(classes)) if classes else Task(keys, 1, "pearson")
 
@@ -136,10 +122,7 @@ def examples(task: str, split: str, rows: int = 0) -> tuple[list[tuple[str, ...]
             that is no number in regression; fewer than two rows; what `hub.text` refuses.
     """
     described = read_task(task)
-    known = ("train", *described.splits)
-    if split not in known:
-        near = params.suggest(split, known)
-        raise UserError(f"task {task} has no split {split!r}{near}; known: {', '.join(known)}")
+    params.require_known(f"split of task {task}", split, ("train", *described.splits))
     params.require(rows >= 0, f"rows must be at least 0, got {rows}")
     texts, labels = _docstrings(split, rows) if task == "docstrings" else _rows(task, split, rows)
     few = f"split {split} has {len(texts)} labelled rows, two or more are needed"
@@ -160,13 +143,12 @@ def _rows(task: str, split: str, rows: int) -> tuple[list, list]:
     from pyarrow import array, int64
 
     columns, table = _columns(task, split), _table(task, split)
-    labels = table["label"].to_pylist()
-    empty = (-1, None, "") if task in TASKS else (None, "")
+    labels, empty = table["label"].to_pylist(), (-1, None, "") if task in TASKS else (None, "")
     chosen = [index for index, label in enumerate(labels) if label not in empty]
     if 0 < rows < len(chosen):
         chosen = [chosen[i] for i in sorted(np.random.default_rng(0).permutation(len(chosen))[:rows])]
-    places = array(chosen, int64())
-    texts = list(zip(*(table[column].take(places).to_pylist() for column in columns), strict=True))
+    taken = table.take(array(chosen, int64()))
+    texts = list(zip(*(taken[column].to_pylist() for column in columns), strict=True))
     if bare := [index for index, row in zip(chosen, texts, strict=True) if None in row]:
         raise UserError(f"task {task}: row {bare[0] + 1} of split {split} has a label and no text")
     return texts, _numbered(task, split, [labels[i] for i in chosen])
@@ -176,15 +158,14 @@ def _numbered(task: str, split: str, labels: list) -> list:
     """Labels as numbers: as they are (GLUE, regression), or the places of a folder's classes."""
     if task in TASKS:
         return labels
-    if not (classes := _classes(task)):
-        if wrong := [label for label in labels if not isinstance(label, (int, float)) or not math.isfinite(label)]:
-            need = "the training data have decimals, and regression needs numbers"
-            raise UserError(f"task {task}: split {split} has the label {wrong[0]!r}; {need}")
-        return labels
-    places = {known: place for place, label in enumerate(classes) for known in (label, str(label))}
-    found = [places.get(label, places.get(str(label))) for label in labels]
-    if unknown := sorted({str(label) for label, place in zip(labels, found, strict=True) if place is None}):
-        raise UserError(f"task {task}: split {split} has the label {unknown[0]!r}, which the training data lack")
+    if classes := _classes(task):
+        places = {known: place for place, label in enumerate(classes) for known in (label, str(label))}
+        found, why = [places.get(label, places.get(str(label))) for label in labels], "which the training data lack"
+        wrong = sorted(str(label) for label, place in zip(labels, found, strict=True) if place is None)
+    else:
+        found, why = labels, "but the training data have decimals, and regression needs numbers"
+        wrong = [label for label in labels if not isinstance(label, (int, float)) or not math.isfinite(label)]
+    params.require(not wrong, f"task {task}: split {split} has the label {wrong[0] if wrong else None!r}, {why}")
     return found
 
 
@@ -205,10 +186,8 @@ def _columns(task: str, split: str = "train") -> tuple[str, ...]:
     if task not in TASKS and split != "train":
         known = [_columns(task)]
     found = [keys for keys in known if {*keys, "label"} <= set(there)]
-    if not found:
-        choices = " or ".join(" and ".join(keys) for keys in known)
-        has = f"it has {', '.join(there)}"
-        raise UserError(f"task {task}: split {split} needs the columns label and {choices}; {has}")
+    needs = f"needs the columns label and {' or '.join(' and '.join(keys) for keys in known)}"
+    params.require(len(found) > 0, f"task {task}: split {split} {needs}; it has {', '.join(there)}")
     if twice := [column for column in (*found[0], "label") if there.count(column) > 1]:
         raise UserError(f"task {task}: split {split} has the column {twice[0]} more than once")
     return found[0]
@@ -216,13 +195,10 @@ def _columns(task: str, split: str = "train") -> tuple[str, ...]:
 
 def _table(task: str, split: str):
     """A split as a table of pyarrow."""
-    if task in TASKS:
-        path = hub.text(GLUE, task, split)
-    else:
-        paths = [find_folder(task) / f"{split}{ending}" for ending in _ENDINGS]
-        path = next((path for path in paths if path.is_file()), None)
-        names = " or ".join(path.name for path in paths)
-        params.require(path is not None, f"task {task}: the folder has no {names}")
+    names = [f"{split}{ending}" for ending in _ENDINGS]
+    paths = [hub.text(GLUE, task, split)] if task in TASKS else [find_folder(task) / name for name in names]
+    path = next((path for path in paths if path.is_file()), None)
+    params.require(path is not None, f"task {task}: the folder has no {' or '.join(names)}")
     return _read_table(path, path.stat().st_mtime_ns)
 
 
@@ -246,11 +222,9 @@ def _docstrings(split: str, rows: int) -> tuple[list, list]:
     """True and false pairs in turn."""
     count = min(_MOST, max(2 * _APART, -(-rows // 2)) if rows else _MOST)
     found = _functions(split, count if split == "train" else _HELD_OUT)
-    texts, labels = [], []
-    for place, (sentence, code) in enumerate(found):
-        texts += [(sentence, code), (sentence, found[place - _APART][1])]
-        labels += [1, 0]
-    return texts[: rows or None], labels[: rows or None]
+    false = [(sentence, found[place - _APART][1]) for place, (sentence, _) in enumerate(found)]
+    texts = [text for both in zip(found, false, strict=True) for text in both]
+    return texts[: rows or None], ([1, 0] * len(found))[: rows or None]
 
 
 @lru_cache(maxsize=8)
@@ -259,9 +233,8 @@ def _functions(split: str, count: int) -> list[tuple[str, str]]:
     corpus = data.load_corpus()
     seen = set() if split != "train" else {text for pair in _functions("validation", _HELD_OUT) for text in pair}
     mine = [one for one in corpus.documents if _is_held_out(one[0]) == (split != "train")]
-    found = []
-    spare = count // 10 + _APART  # for those that are left out
-    for pair in data.pairs(data.Corpus(corpus.source, tuple(mine)), count + spare):
+    found, spare = [], count // 10 + _APART  # for those that are left out
+    for pair in pairs(data.Corpus(corpus.source, tuple(mine)), count + spare):
         if not seen & set(pair):
             seen |= set(pair)
             found.append(pair)
@@ -270,3 +243,27 @@ def _functions(split: str, count: int) -> list[tuple[str, str]]:
 
 def _is_held_out(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 5 == 0
+
+
+def pairs(corpus: data.Corpus, count: int, longest: int = 2000) -> list[tuple[str, str]]:
+    """Functions of a corpus of Python source, each as (first sentence of its docstring, its code without it).
+
+    Args:
+        count: how many; documents are visited as in `sentences.docstrings`, with at most 8 of each.
+        longest: characters of code.
+
+    Raises:
+        UserError: a corpus that does not have so many.
+    """
+    found: dict[str, str] = {}
+    for _, text in corpus.ranked:
+        own = {}
+        for node in documented(text, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            sentence = first_sentence(node)
+            node.body = node.body[1:] or [ast.Pass()]
+            if len(sentence.split()) >= 5 and len(code := ast.unparse(node)) <= longest:
+                own[sentence] = code
+        found |= dict(list(own.items())[:8])
+        if len(found) >= count:
+            return list(found.items())[:count]
+    raise UserError(f"corpus {corpus.source!r} has {len(found)} functions with docstrings, {count} are asked for")

@@ -1,4 +1,4 @@
-"""The larger figures of 05_attention_sinks; each takes tables and a title, and returns the figure.
+"""The larger figures of the notebook; each takes tables and a title, and returns the figure.
 
 Colours belong to the rules by which outlier dimensions are found, and to groups of tokens.
 """
@@ -7,22 +7,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from ofutils import plots
 
-#: Colour and marker of each rule, colour of each group of `sinks.GROUPS`.
+#: Colour and marker of each rule, colour of each group of `sentences.GROUPS`.
 RULES = {"by weight": ("#0072B2", "s"), "by activation": ("#D55E00", "D"), "authors' list": ("#009E73", "v")}
 GROUPS = {"start": "#D55E00", "separator": "#E69F00", "punctuation": "#56B4E9", "other": "0.8"}
+_DOT = {"ec": "white", "lw": 0.4}
+
+
+def _titled(fig: Figure, title: str) -> Figure:
+    fig.suptitle(title, x=0, ha="left")
+    return fig
 
 
 def heads(mean: pd.DataFrame, base: dict[str, float], names: dict[str, str], title: str) -> Figure:
     """Where each head looks: its share for a group of tokens over the group's share of the tokens; column entropy.
 
     Args:
-        mean: indexed by block and head, as `sinks.table` has them.
+        mean: indexed by block and head, as `statistics.table` has them.
         base: group -> share of the tokens.
         names: group -> what it is called.
     """
@@ -40,8 +44,7 @@ def heads(mean: pd.DataFrame, base: dict[str, float], names: dict[str, str], tit
     for ax in axs:
         ax.set(xlabel="head", ylabel="block" if ax is axs[0] else "")
         ax.tick_params(left=False, bottom=False)
-    fig.suptitle(title, x=0, ha="left")
-    return fig
+    return _titled(fig, title)
 
 
 def values(mean: pd.DataFrame, sinks: float, special: str, title: str) -> Figure:
@@ -53,27 +56,25 @@ def values(mean: pd.DataFrame, sinks: float, special: str, title: str) -> Figure
         special: names of the special tokens.
     """
     fig, axs = plt.subplots(1, 2, figsize=(11.5, 4.4), sharex=True)
-    labels = {"value": "|v| at special tokens / median |v|", "output": "|probabilities x values| / median |v|"}
-    for ax, (column, label) in zip(axs, labels.items(), strict=True):
-        blocks = mean.index.get_level_values("block")
-        dots = ax.scatter(mean["special"], mean[column], c=blocks, cmap="viridis", s=36, ec="white", lw=0.4)
+    labels, blocks = ("|v| at special tokens", "|probabilities x values|"), mean.index.get_level_values("block")
+    for ax, column, label in zip(axs, ("value", "output"), labels, strict=True):
+        dots = ax.scatter(mean["special"], mean[column], c=blocks, cmap="viridis", s=36, **_DOT)
         ax.axvline(sinks, color="gray", lw=1, ls="--")
         ax.text(sinks + 0.01, 1, "sinks", color="gray", transform=ax.get_xaxis_transform(), va="top")
-        ax.set(xlabel=f"share of attention at {special}", ylabel=label, xlim=(0, 1))
+        ax.set(xlabel=f"share of attention at {special}", ylabel=f"{label} / median |v|", xlim=(0, 1))
     plots.log_scale(axs[0], "y")
     axs[1].plot([0, 1], [1, 0], color="gray", lw=1, ls=":", label="1 - share")
     axs[1].set_ylim(0, None)
     axs[1].legend()
     fig.colorbar(dots, ax=axs, label="block", ticks=sorted(set(blocks)) if len(set(blocks)) < 8 else None)
-    fig.suptitle(title, x=0, ha="left")
-    return fig
+    return _titled(fig, title)
 
 
 def correlations(r: pd.DataFrame, rules: dict[str, list[int]], titles: dict[str, str], title: str) -> Figure:
     """r of every dimension (grey) and of those that a rule names, by block; one panel for each hidden state.
 
     Args:
-        r: rows of `sinks.correlations`.
+        r: rows of `statistics.correlations`.
         rules: rule -> dimensions; those of `by activation` are numbered.
         titles: hidden state -> title of its panel.
     """
@@ -85,8 +86,8 @@ def correlations(r: pd.DataFrame, rules: dict[str, list[int]], titles: dict[str,
         ax.scatter(rest["block"] + spread, rest["r"], s=4, color="0.75", lw=0, label="every other dimension")
         for place, (rule, own) in enumerate(rules.items()):
             chosen, (colour, marker) = part[part.index.isin(own)], RULES[rule]
-            look = {"s": 44 - 16 * place, "marker": marker, "ec": "white", "lw": 0.4}
-            ax.scatter(chosen["block"], chosen["r"], color=colour, label=rule if own else None, **look)
+            look = {"s": 44 - 16 * place, "color": colour, "marker": marker, "label": rule if own else None}
+            ax.scatter(chosen["block"], chosen["r"], **look, **_DOT)
         for d in rules["by activation"]:
             top = part.loc[[d]].set_index("block")["r"]
             if top.notna().any():
@@ -95,39 +96,11 @@ def correlations(r: pd.DataFrame, rules: dict[str, list[int]], titles: dict[str,
         ax.set(title=name, xlabel="block", xticks=sorted(r["block"].unique()), ylim=(-1.05, 1.05))
     axs[0].set_ylabel("r of |h| and attention received")
     axs[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=1.2)
-    fig.suptitle(title, x=0, ha="left")
-    return fig
-
-
-def strips(maps: dict[str, Tensor], title: str) -> Figure:
-    """The maps of all heads of a block side by side, one row of pictures for each entry.
-
-    Args:
-        maps: name -> probs (H, T, T).
-    """
-    heads, length, _ = next(iter(maps.values())).shape
-    pitch, middle = length + 2, (length - 1) / 2  # two columns between heads stay empty
-    size = (1.25 * heads + 2.4, 1.35 * len(maps) + 0.9)
-    fig, axs = plt.subplots(len(maps), 1, figsize=size, sharex=True, squeeze=False)
-    for ax, (name, image) in zip(axs.flat, maps.items(), strict=True):
-        strip = torch.nn.functional.pad(image, (0, 2), value=torch.nan).transpose(0, 1).flatten(1)[:, :-2]
-        drawn = ax.imshow(strip.numpy(), vmin=0, vmax=1, cmap="rocket_r", interpolation="nearest")
-        ax.set_yticks([middle], [name])
-        ax.set_xticks(np.arange(heads) * pitch + middle, [f"head {head}" for head in range(heads)])
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
-    fig.colorbar(drawn, ax=axs, shrink=0.7, label="probability")
-    fig.suptitle(title, x=0, ha="left")
-    return fig
+    return _titled(fig, title)
 
 
 def ablation(
-    by_block: pd.DataFrame,
-    lines: dict[str, tuple],
-    each: pd.DataFrame,
-    rules: dict[str, list[int]],
-    start: str,
-    title: str,
+    by_block: pd.DataFrame, lines: dict[str, tuple], each: pd.DataFrame, rules, start: str, title: str
 ) -> Figure:
     """Attention at special tokens and |v| at the start, by block and case; what each dimension alone costs.
 
@@ -151,24 +124,19 @@ def ablation(
     axs[2].scatter(each["largest"], each["lost"], s=10, color="0.7", lw=0, label="one dimension zeroed")
     for rule, own in rules.items():
         chosen, (colour, marker) = each[each["dimension"].isin(own)], RULES[rule]
-        label = rule if own else None
-        axs[2].scatter(chosen["largest"], chosen["lost"], s=34, color=colour, marker=marker, label=label, ec="white")
+        look = {"s": 34, "color": colour, "marker": marker, "label": rule if own else None, "ec": "white"}
+        axs[2].scatter(chosen["largest"], chosen["lost"], **look)
     for _, one in each.nlargest(2, "largest").iterrows():
         place = {"xytext": (-7, 3), "textcoords": "offset points", "ha": "right"}
         axs[2].annotate(f"dimension {one['dimension']:.0f}", (one["largest"], one["lost"]), fontsize=9, **place)
     axs[2].set(title="share of that attention lost", xlabel="largest |x| of the dimension (resid_post)")
     plots.log_scale(axs[2], "x")
     axs[2].legend(fontsize=8, loc="upper left")
-    fig.suptitle(title, x=0, ha="left")
-    return fig
+    return _titled(fig, title)
 
 
 def outliers(
-    bars: pd.DataFrame,
-    panels: dict[str, tuple[pd.Series, str]],
-    kinds: list[str],
-    names: dict[str, str],
-    title: str,
+    bars: pd.DataFrame, panels: dict[str, tuple[pd.Series, str]], kinds: list[str], names, title: str
 ) -> Figure:
     """Six-sigma outliers: stacked shares of the groups of tokens, then one panel each by token, position, dimension.
 
@@ -183,22 +151,16 @@ def outliers(
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
     axs[0].legend(ncols=4, columnspacing=0.8, handlelength=1, fontsize=8, **below)
     axs[0].set(title="outliers by group of tokens", xlim=(0, 1), xlabel="share")
-    for place, (name, (numbers, label)) in enumerate(panels.items()):
-        ax, upright = axs[place + 1], place == 1
-        if upright:
-            ax.bar(numbers.index, numbers, color="#0072B2", width=1)
+    colours = [GROUPS[kind] for kind in kinds], "#0072B2", "#009E73"
+    for ax, colour, (name, (numbers, label)) in zip(axs[1:], colours, panels.items(), strict=True):
+        if ax is axs[2]:
+            ax.bar(numbers.index, numbers, color=colour, width=1)
         else:
-            ax.barh(
-                numbers.index.astype(str),
-                numbers,
-                color="#009E73" if place else [GROUPS[kind] for kind in kinds],
-                height=0.7,
-            )
+            ax.barh(numbers.index.astype(str), numbers, color=colour, height=0.7)
             ax.invert_yaxis()
-        ax.set(title=name, **{"ylabel" if upright else "xlabel": label})
+        ax.set(title=name, **{"ylabel" if ax is axs[2] else "xlabel": label})
     axs[2].set_xlabel("position")
-    fig.suptitle(title, x=0, ha="left")
-    return fig
+    return _titled(fig, title)
 
 
 def remedies(
@@ -229,5 +191,4 @@ def remedies(
     plots.log_scale(axs[3], "y")
     axs[3].set(title="all heads", xlabel="share of the largest column", ylabel="|v| there / median |v|", xlim=(0, 1))
     axs[3].legend(fontsize=8, loc="lower left")
-    fig.suptitle(title, x=0, ha="left")
-    return fig
+    return _titled(fig, title)

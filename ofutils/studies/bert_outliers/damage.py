@@ -1,14 +1,16 @@
-"""What breaks in an encoder when dimensions of its norms are switched off, and what they do to its geometry."""
+"""What breaks in an encoder when dimensions of its norms are switched off, what they do to its geometry, and at which
+tokens they are large."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ofutils import data, dims, heads, metrics, params, probes
+from ofutils import dims, heads, metrics, params, probes
+from ofutils.sentences import mask_tokens, sentence_batches
 from ofutils.transformer import Head, Transformer
 
 
@@ -24,13 +26,13 @@ class Tests:
 
 
 def batches(tokenizer, sentences: list[str]) -> list[probes.Batch]:
-    """`data.sentence_batches` of the sentences by length, so that a batch holds little padding."""
-    return data.sentence_batches(tokenizer, sorted(sentences, key=len))
+    """`sentence_batches` of the sentences by length, so that a batch holds little padding."""
+    return sentence_batches(tokenizer, sorted(sentences, key=len))
 
 
 def masked(tokenizer, batches: list[probes.Batch], seed: int) -> list[heads.Masked]:
     """The batches with masked tokens, each under a seed of its own: `seed`, `seed` + 1 and so on."""
-    return [data.mask_tokens(batch, tokenizer, number) for number, batch in enumerate(batches, start=seed)]
+    return [mask_tokens(batch, tokenizer, number) for number, batch in enumerate(batches, start=seed)]
 
 
 def prepare(encoder: Transformer, tokenizer, sentences: list[str], head: Head, seed: int = 0) -> Tests:
@@ -63,12 +65,7 @@ def damage(encoder: Transformer, tests: Tests, off: Iterable[int] = (), where: s
         return {"similarity": 1 - agreement, "MLM": heads.mlm_loss(encoder, tests.head, tests.masked) - tests.loss}
 
 
-def table(
-    encoder: Transformer,
-    draws: Sequence[Tests],
-    sets: Mapping[str, Sequence[int]],
-    where: str | Iterable[str] = "norm2",
-) -> list[dict]:
+def table(encoder, draws: Sequence[Tests], sets: Mapping[str, Sequence[int]], where="norm2") -> list[dict]:
     """`damage` of every set of dimensions on every draw: rows `switched off`, `draw`, `similarity`, `MLM`."""
     return [
         {"switched off": name, "draw": number, **damage(encoder, tests, off, where)}
@@ -90,9 +87,7 @@ def at_random(width: int, size: int, times: int, but: Iterable[int] = ()) -> lis
 
 
 @torch.no_grad()
-def geometry(
-    encoder: Transformer, batches: Iterable[probes.Batch], left_out: Mapping[str, Sequence[int]]
-) -> list[dict]:
+def geometry(encoder, batches: Iterable[probes.Batch], left_out: Mapping[str, Sequence[int]]) -> list[dict]:
     """How alike tokens, and sentences, look at every depth: mean cosines, with some dimensions left out of them.
 
     Tokens are compared across sentences too; a sentence is the mean over its tokens. The encoder computes with
@@ -132,3 +127,40 @@ def geometry(
 def _mean_cosine(count: int, total: Tensor) -> float:
     """Of unit vectors with this sum: all products but those of a vector with itself."""
     return float((total.square().sum() - count) / (count * (count - 1)))
+
+
+@torch.no_grad()
+def profile(
+    model: nn.Module,
+    batches: Iterable[probes.Batch],
+    dims: Sequence[int],
+    groups: Tensor,
+    names: Sequence[str],
+    where: str | Iterable[str] = "resid_post",
+) -> list[dict]:
+    """At which tokens a dimension is large, and whether it has one sign everywhere.
+
+    Args:
+        batches: mappings with `input_ids` and `attention_mask`; padding counts nowhere.
+        dims: dimensions to look at.
+        groups: (V,) the group of every id, as an index into `names`, e.g. from `sentences.token_groups`.
+        where: sites.
+
+    Returns:
+        One row per dimension: `dimension`; `largest |x| at <name>` for each group, over all sites and tokens;
+        `one sign`, 0.5 to 1: the share of tokens with the sign that most have, mean over sites.
+    """
+    sites, values, kinds = probes.resolve(model, where), [], []
+    for batch in batches:
+        with probes.capture(model, sites) as kept:
+            probes.run(model, batch)
+        real = batch["attention_mask"].bool().cpu()
+        kinds.append(groups[batch["input_ids"].cpu()[real]])
+        values.append(torch.stack([kept[site].cpu()[real][:, list(dims)] for site in sites]))
+    kind, x = torch.cat(kinds), torch.cat(values, 1)  # (n,), (sites, n, dims)
+    share = (x > 0).sum(1) / x.shape[1]
+    columns = {"dimension": list(dims)}
+    for index, name in enumerate(names):
+        columns[f"largest |x| at {name}"] = (x * (kind == index)[:, None]).abs().amax((0, 1)).tolist()
+    columns["one sign"] = torch.maximum(share, 1 - share).mean(0).tolist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

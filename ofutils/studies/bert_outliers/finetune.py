@@ -16,7 +16,6 @@ Departures: a batch is padded to its longest row and not to 256 tokens (the mask
 same); the head and the order of rows have several seeds, theirs is 42 alone. Of several GPUs one trains.
 """
 
-import math
 import os
 import platform
 import random
@@ -26,49 +25,32 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
-from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
 
 from ofutils import UserError, families, hub, params, probes
 from ofutils.records import differing, digest, warn_of_other_corpus
-from ofutils.tasks import METRICS, TASKS, Task, examples, find_folder, read_task, sha256  # noqa: F401 (for notebooks)
+from ofutils.studies.bert_outliers.tasks import METRICS, examples, find_folder, read_task, sha256
 from ofutils.train import store
 
 
-@dataclass(frozen=True)
+@params.settings
 class FinetuneConfig:
     """All that decides the numbers of a run. Its name is the hash of what differs from the defaults."""
 
     model: str = "google-bert/bert-base-uncased"  # see hub.model
     task: str = "mnli"  # a name of TASKS, or the path of a folder, see `examples`
-    rows: int = 0  # of training data, and at most as many of each scored split; 0: all
-    seed: int = 1  # of the new head, the order of the rows, and dropout
-    lr: float = 2e-5
-    batch: int = 32
-    epochs: int = 4
-    weight_decay: float = 0.01
-    longest: int = 256  # tokens of a row, special ones too; the longer text of a pair is cut first
-
-    def __post_init__(self):
-        for name in ("batch", "epochs", "longest"):
-            params.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        params.require(self.rows >= 0, f"rows must be at least 0, got {self.rows}")
-        params.require(0 <= self.seed < 2**32, f"seed must be at least 0 and below 2**32, got {self.seed}")
-        params.require(0 < self.lr < math.inf, f"lr must be positive and finite, got {self.lr}")
-        decay = f"weight_decay must be at least 0 and finite, got {self.weight_decay}"
-        params.require(0 <= self.weight_decay < math.inf, decay)
+    rows: params.Natural = 0  # of training data, and at most as many of each scored split; 0: all
+    seed: Annotated[int, "at least 0", "below 4294967296"] = 1  # of the new head, the order of the rows, and dropout
+    lr: params.Positive = 2e-5
+    batch: params.Count = 32
+    epochs: params.Count = 4
+    weight_decay: params.NotNegative = 0.01
+    longest: params.Count = 256  # tokens of a row, special ones too; the longer text of a pair is cut first
 
     @property
     def key(self) -> dict:
@@ -81,9 +63,8 @@ class FinetuneConfig:
         """The run's name, the same on every machine where the task is no folder."""
         return digest("finetune", self.key)
 
-
-# ---------------------------------------------------------------------------------------------------
-# scoring
+    def __str__(self) -> str:
+        return f"{self.name}: {self.model} on {self.task}, seed {self.seed}"
 
 
 def _encode(tokenizer, texts: list[tuple[str, ...]], longest: int) -> list[dict]:
@@ -93,9 +74,7 @@ def _encode(tokenizer, texts: list[tuple[str, ...]], longest: int) -> list[dict]
     return [{name: values[i] for name, values in rows.items()} for i in range(len(texts))]
 
 
-def score(
-    model: nn.Module, tokenizer, task: str, split: str, rows: int = 0, longest: int = 256, batch: int = 64
-) -> float:
+def score(model, tokenizer, task: str, split: str, rows: int = 0, longest: int = 256, batch: int = 64) -> float:
     """The task's metric on a split, with the model as it is now.
 
     Args:
@@ -112,27 +91,18 @@ def score(
     """
     params.require(batch >= 1, f"batch must be at least 1, got {batch}")
     described, (texts, labels) = read_task(task), examples(task, split, rows)
-    encoded, pad = _encode(tokenizer, texts, longest), DataCollatorWithPadding(tokenizer)
+    encoded, pad, logits = _encode(tokenizer, texts, longest), transformers.DataCollatorWithPadding(tokenizer), []
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]["input_ids"]))
-    training, logits = model.training, []
-    model.eval()
-    try:
-        with torch.no_grad(), hub.quiet():
-            for start in range(0, len(order), batch):
-                one = pad([encoded[i] for i in order[start : start + batch]])
-                logits.append(probes.run(model, dict(one)).float().cpu())
-    finally:
-        model.train(training)
+    with probes.evaluating(model), hub.quiet():
+        for start in range(0, len(order), batch):
+            one = pad([encoded[i] for i in order[start : start + batch]])
+            logits.append(probes.run(model, dict(one)).float().cpu())
     logits, true = torch.cat(logits), np.array(labels)[order]  # (rows, classes), (rows,)
     classes, finite = logits.shape[1], logits.isfinite().all(1).numpy()
     params.require(classes == described.labels, f"the model has {classes} classes, task {task} {described.labels}")
     if classes == 1:
         return METRICS[described.metric](logits[:, 0].numpy(), true) if finite.all() else -1.0
     return METRICS[described.metric](np.where(finite, logits.argmax(1).numpy(), (true + 1) % classes), true)
-
-
-# ---------------------------------------------------------------------------------------------------
-# training
 
 
 @dataclass(frozen=True)
@@ -167,16 +137,13 @@ class Finetuned:
         Raises:
             UserError: weights that are not here, or not readable.
         """
-        name, folder = self.config.name, _folder(self.config)
-        if not self.has_weights:
-            lacking = "the record is here, its weights are not"
-            raise UserError(f"{name}: {lacking}; finetune(config, again=True) trains them")
+        folder, lacking = _folder(self.config), "the record is here, its weights are not"
+        params.require(self.has_weights, f"{self.config.name}: {lacking}; finetune(config, again=True) trains them")
+        build, local = transformers.AutoModelForSequenceClassification, {"local_files_only": True}
         try:
             with hub.quiet():
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-                )
+                tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+                model = build.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **local)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"the weights in {folder} are not readable; finetune(config, again=True)") from error
         return families.with_sites(model.to(params.device()).eval().requires_grad_(False)), tokenizer
@@ -188,13 +155,11 @@ def _folder(config: FinetuneConfig) -> Path:
 
 def find(config: FinetuneConfig) -> Finetuned | None:
     """The finished run of a configuration, or None. A record of other data prints one line."""
-    record = store().find("finetune", config.key)
+    record, here = store().find("finetune", config.key), None
     if record is None:
         return None
-    try:
+    with suppress(UserError):  # else the record speaks for itself
         here = sha256(config.task, config.rows)
-    except UserError:
-        here = None  # the record speaks for itself
     theirs = record["environment"].get("corpus")
     if here and find_folder(config.task) and theirs not in (None, here):
         other = f"{config.task} holds other data now (sha256 {theirs[:12]}, here {here[:12]})"
@@ -221,22 +186,19 @@ def finetune(config: FinetuneConfig, again: bool = False) -> Finetuned:
             table of sites; a full disk.
     """
     if not again and (run := find(config)):
-        print(f"{_line(config)}: loaded")
+        print(f"{config}: loaded")
         return run
     described, (texts, labels) = read_task(config.task), examples(config.task, "train", config.rows)
     same = f"all {len(labels)} training rows have the label {labels[0]}"
     params.require(len(set(labels)) > 1, f"task {config.task}: {same}; raise rows or take other data")
-    tokenizer, environment = (
-        hub.tokenizer(config.model),
-        params.environment() | {"corpus": sha256(config.task, config.rows)},
-    )
+    tokenizer, corpus = hub.tokenizer(config.model), sha256(config.task, config.rows)
     no_padding = f"{config.model} has no token to pad with; fine-tuning is for encoders such as BERT"
     params.require(tokenizer.pad_token is not None, no_padding)
     encoded = _encode(tokenizer, texts, config.longest)
     rows = [row | {"labels": label} for row, label in zip(encoded, labels, strict=True)]
-    scores, environment["commit"] = _trained(config, described.labels, tokenizer, rows)
-    result = {"scores": scores, "best": _best(scores)}
-    return Finetuned(config, store().write("finetune", config.key, result, environment))
+    scores, commit = _trained(config, described.labels, tokenizer, rows)
+    result, environment = {"scores": scores, "best": _best(scores)}, {"corpus": corpus, "commit": commit}
+    return Finetuned(config, store().write("finetune", config.key, result, params.environment() | environment))
 
 
 def _trained(config: FinetuneConfig, labels: int, tokenizer, rows: list[dict]) -> tuple[list[dict[str, float]], str]:
@@ -250,7 +212,7 @@ def _trained(config: FinetuneConfig, labels: int, tokenizer, rows: list[dict]) -
         with place as work, _chance(config.seed):
             model = with_new_head(config.model, labels)  # not in quiet: a download shows its progress
             watch = _Epochs(config, families.with_sites(model), tokenizer, Path(work) / "best")
-            print(f"{_line(config)}: {len(rows)} rows, {config.epochs} epoch{'s' * (config.epochs > 1)}")
+            print(f"{config}: {len(rows)} rows, {config.epochs} epoch{'s' * (config.epochs > 1)}")
             with hub.quiet():
                 _train(config, model, tokenizer, rows, watch)
             _move_in(watch.folder, _folder(config), tokenizer)
@@ -278,15 +240,10 @@ def _move_in(new: Path, folder: Path, tokenizer) -> None:
         raise OSError(str(error)) from error
     with suppress(FileNotFoundError):
         folder.rename(new.parent / "old")
-    try:
+    with suppress(OSError):  # another process may have finished the same run meanwhile
         new.rename(folder)
-    except OSError:
-        if not (folder / "model.safetensors").is_file():  # else another process has finished the same run meanwhile
-            raise
-
-
-def _line(config: FinetuneConfig) -> str:
-    return f"{config.name}: {config.model} on {config.task}, seed {config.seed}"
+    if not (folder / "model.safetensors").is_file():
+        raise OSError(f"{folder} is in the way")
 
 
 @contextmanager
@@ -318,7 +275,7 @@ def with_new_head(name: str, labels: int):
     settings = deepcopy(pretrained.config)
     settings.num_labels, settings.problem_type = labels, None  # the labels decide on the loss, not the checkpoint
     try:
-        model = AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
+        model = transformers.AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
     except ValueError as error:
         raise UserError(f"{name}: transformers has no head for classification on it") from error
     missing = model.base_model.load_state_dict(pretrained.state_dict(), strict=False).missing_keys
@@ -327,7 +284,7 @@ def with_new_head(name: str, labels: int):
     return model.to(params.device())
 
 
-class _OneDevice(TrainingArguments):
+class _OneDevice(transformers.TrainingArguments):
     """Settings with which a trainer splits no batch over the GPUs that it sees."""
 
     @property
@@ -338,26 +295,15 @@ class _OneDevice(TrainingArguments):
 
 def _train(config: FinetuneConfig, model, tokenizer, rows: list[dict], watch: "_Epochs") -> None:
     cpu = params.device().type == "cpu"
-    settings = _OneDevice(
-        output_dir=str(watch.folder.parent),
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch,
-        average_tokens_across_devices=False,  # true multiplies the loss by the number of devices
-        learning_rate=config.lr,
-        weight_decay=config.weight_decay,
-        lr_scheduler_type="linear",
-        seed=config.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=not cpu,
-        use_cpu=cpu,
-    )
-    pad = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(model, settings, data_collator=pad, train_dataset=rows, callbacks=[watch])
-    trainer.remove_callback(PrinterCallback)
+    recipe = {"learning_rate": config.lr, "weight_decay": config.weight_decay, "num_train_epochs": config.epochs}
+    recipe |= {"per_device_train_batch_size": config.batch, "lr_scheduler_type": "linear", "seed": config.seed}
+    recipe |= {"average_tokens_across_devices": False}  # true multiplies the loss by the number of devices
+    silent = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    place = {"use_cpu": cpu, "dataloader_pin_memory": not cpu, "remove_unused_columns": False}
+    settings = _OneDevice(str(watch.folder.parent), **recipe, **silent, **place)
+    pad = transformers.DataCollatorWithPadding(tokenizer)
+    trainer = transformers.Trainer(model, settings, data_collator=pad, train_dataset=rows, callbacks=[watch])
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
 
 
@@ -371,7 +317,7 @@ def _best(scores: list[dict[str, float]]) -> int:
     return first.index(max(first))
 
 
-class _Epochs(TrainerCallback):
+class _Epochs(transformers.TrainerCallback):
     """Scores the model after each epoch, and keeps its weights in a folder where it is the best so far."""
 
     def __init__(self, config: FinetuneConfig, sited: families.Sited, tokenizer, folder: Path):

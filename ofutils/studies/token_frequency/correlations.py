@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ofutils import UserError, params
-from ofutils.probes import Batch, hooked, resolve, run
+from ofutils import params
+from ofutils.probes import Batch, evaluating, hooked, ids_and_mask, resolve, run
 
 #: What `Correlations.r` computes.
 MEASURES = ("raw", "log", "spearman")
@@ -37,8 +37,8 @@ class Correlations:
     sums: list[dict[str, Tensor]] = field(repr=False)  # per site
 
     def _pair(self, kept: str, counts: str) -> int:
-        _require_known("set of tokens", kept, self.kept)
-        _require_known("counts", counts, self.counts)
+        params.require_known("set of tokens", kept, self.kept)
+        params.require_known("counts", counts, self.counts)
         return self.kept.index(kept) * len(self.counts) + self.counts.index(counts)
 
     def tokens(self, kept: str, counts: str, level: str = "token") -> int:
@@ -217,10 +217,10 @@ def correlate(
         UserError: no batches, an id beyond the counts, an unknown site, a dimension out of range.
 
     Source: puccetti2022, released code, which takes `raw` for two dimensions and ten others at random, with
-    counts mapped as in `frequency.as_the_authors`. Departure: ids are counted by id.
+    counts mapped as in `counts.as_the_authors`. Departure: ids are counted by id.
     """
     batches, followed = list(batches), list(followed)
-    split = [_ids_and_mask(batch) for batch in batches]
+    split = [ids_and_mask(batch) for batch in batches]
     params.require(any(mask.any() for _, mask in split), "nothing to correlate: no batches, or no tokens in them")
     params.require(len(counts) > 0 and len(kept) > 0, "nothing to correlate with: name counts and a set of tokens")
     masks, ids = [mask for _, mask in split], torch.cat([one[mask] for one, mask in split])
@@ -235,23 +235,13 @@ def correlate(
     meters = {name: _Meter(tables, int(rows.max()), followed) for name in resolve(model, where)}
     chosen = (torch.arange(len(rows)) % max(1, len(ids) // _SETTLE) == 0).split([len(mask) for mask in masks])
     few = [(_rows(b, c), m[c], None) for b, m, c in zip(batches, masks, chosen, strict=True) if c.any()]
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch, mask, part in [*few, *zip(batches, masks, parts, strict=True)]:
             reading = {n: lambda x, m=m: m.add(x, mask, part) for n, m in meters.items()}  # noqa: B023
-            with torch.no_grad(), hooked(model, reading):
+            with hooked(model, reading):
                 run(model, batch)
-    finally:
-        model.train(training)
     sums = [meter.finish() for meter in meters.values()]
     return Correlations(list(meters), list(kept), list(counts), followed, tables, places, sums)
-
-
-def _ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor]:
-    ids = batch if torch.is_tensor(batch) else batch["input_ids"]
-    mask = None if torch.is_tensor(batch) else batch.get("attention_mask")
-    return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _rows(batch: Batch, chosen: Tensor) -> Batch:
@@ -278,13 +268,9 @@ def _ranks(codes: Tensor, weight: Tensor) -> Tensor:
     return (size.cumsum(1) - size / 2 + 0.5).flatten()[place]
 
 
-def _require_known(what: str, name: str, known: Iterable[str]) -> None:
-    params.require(name in known, f"unknown {what} {name!r}{params.suggest(name, known)}; known: {', '.join(known)}")
-
-
 def _check(measure: str, level: str) -> None:
-    _require_known("measure", measure, MEASURES)
-    _require_known("level", level, LEVELS)
+    params.require_known("measure", measure, MEASURES)
+    params.require_known("level", level, LEVELS)
     params.require((measure, level) != ("spearman", "position"), "within positions r is raw or log, not spearman")
 
 
@@ -332,8 +318,7 @@ class _Meter:
         if places is None:
             return self.few.append(h)
         width, (index, position, _) = h.shape[1], places.to(h.device)
-        if bad := [dim for dim in self.followed if not 0 <= dim < width]:
-            raise UserError(f"dimension {bad[0]} is out of range: the site has dimensions 0 to {width - 1}")
+        params.dimensions(self.followed, width)
         f = self.tables.to(h.device)[:, :, index]  # (P, 4, n)
         cells = [h.new_zeros(self.longest, width).index_add_(0, position, h * one[:, None]) for one in f[:, 0]]
         self._sum("cells", torch.stack(cells))  # (P, T, D)

@@ -1,0 +1,6 @@
+"""What one notebook alone computes, under that notebook's name; the others need the core only.
+
+bert_outliers      02: damage without dimensions, geometry; fine-tuning, and its tasks
+token_frequency    04: correlations with frequency, token counts, what is predicted
+attention_sinks    05: statistics of heads and outliers, maps of heads, figures
+"""
