@@ -1,33 +1,31 @@
-"""What measuring costs: every block of a 6-layer, width-768 model, as ratios within this one run.
+"""What measuring costs: every block of a 6-layer, width-768 model, in its forward passes.
 
-    python benchmarks/metrics.py            prints a table: median time, ratio to a forward pass, extra memory
+    python benchmarks/metrics.py        a table of ratios within this one run, goals met or missed; and the memory
 
-Seven residual streams of (8, 512, 768) are measured. The rounds interleave all contenders, so that a busy
-machine slows them alike; a matrix product, the canary, shows how even the machine was.
+Seven residual streams of (8, 512, 768) are measured.
 
-    cheap            neuron kurtosis and inf norm
-    full             every meter
-    straightforward  every hidden state kept, the input Gram as an N x N matrix, as he2024's code computes it
+    cheap               neuron kurtosis and inf norm
+    full                every meter
+    peer: whole         every hidden state kept, the input Gram as an N x N matrix, as he2024's code computes it
 
 Memory is the peak resident size beyond that of a forward pass, each in a process of its own.
 """
 
 import resource
-import statistics
 import subprocess
 import sys
-import time
 
 import torch
+from harness import THREADS, judge, medians, timed
 
 from ofutils import metrics, probes
 from ofutils.streaming import METERS, Statistics
 from ofutils.transformer import Transformer, TransformerConfig
 
-ROUNDS, THREADS = 7, 2
+ROUNDS = 7
 SITES = ["resid_pre", "blocks.5.resid_post"]
 CHEAP = ("neuron_kurtosis", "inf_norm")
-GOALS = {"cheap": 0.015, "full": 0.17, "full / straightforward": 0.25}
+GOALS = {"cheap": 0.015, "full": 0.17, "full / peer": 0.25}
 
 
 def build() -> tuple[Transformer, torch.Tensor]:
@@ -47,7 +45,7 @@ def stream(streams: list[torch.Tensor], meters: tuple[str, ...]) -> list[dict]:
     return found
 
 
-def straightforward(streams: list[torch.Tensor]) -> list[dict]:
+def whole(streams: list[torch.Tensor]) -> list[dict]:
     """The same metrics, each from the whole tensor in float32, without shared sums."""
     found = []
     for x in streams:
@@ -86,10 +84,10 @@ def run_once(what: str) -> None:
     with torch.no_grad():
         if what == "forward":
             model(ids)
-        elif what == "straightforward":
+        elif what == "peer: whole":
             with probes.capture(model, SITES) as kept:
                 model(ids)
-            straightforward(list(kept.values()))
+            whole(list(kept.values()))
         else:
             batches = [ids] * (4 if what == "full, 4 batches" else 1)
             probes.measure(model, batches, SITES, meters=CHEAP if what == "cheap" else tuple(METERS))
@@ -101,40 +99,24 @@ def peak_memory(what: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024
 
 
+@torch.no_grad()
 def main() -> None:
     """Time the contenders in turn and print the table."""
-    memory = {name: peak_memory(name) for name in ("forward", "cheap", "full", "full, 4 batches", "straightforward")}
-    torch.set_num_threads(THREADS)
+    memory = {name: peak_memory(name) for name in ("forward", "cheap", "full", "full, 4 batches", "peer: whole")}
     model, ids = build()
-    with torch.no_grad(), probes.capture(model, SITES) as kept:
+    with probes.capture(model, SITES) as kept:
         model(ids)
-    streams, square = list(kept.values()), torch.randn(2048, 2048)
+    streams = list(kept.values())
     contenders = {
-        "canary": lambda: square @ square,
         "forward": lambda: model(ids),
         "cheap": lambda: stream(streams, CHEAP),
         "full": lambda: stream(streams, tuple(METERS)),
-        "straightforward": lambda: straightforward(streams),
+        "peer: whole": lambda: whole(streams),
     }
-    times = {name: [] for name in contenders}
-    with torch.no_grad():
-        for _ in range(ROUNDS + 1):
-            for name, contender in contenders.items():
-                start = time.perf_counter()
-                contender()
-                times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first round warms up
-    shape = f"{len(streams)} streams of {tuple(streams[0].shape)}"
-    print(f"torch {torch.__version__}, {THREADS} threads, {ROUNDS} rounds, {shape}")
-    for name, found in median.items():
-        spread, share = max(times[name][1:]) / min(times[name][1:]), found / median["forward"]
-        print(f"{name:16} {1e3 * found:8.1f} ms, {share:6.3f} of a forward pass, slowest / fastest {spread:.2f}")
+    found = medians(timed(contenders, ROUNDS), "forward")
     for name in list(memory)[1:]:
-        print(f"{name:16} {memory[name] - memory['forward']:+8.0f} MB beside a forward pass")
-    ratios = {"cheap": median["cheap"] / median["forward"], "full": median["full"] / median["forward"]}
-    ratios["full / straightforward"] = median["full"] / median["straightforward"]
-    for name, goal in GOALS.items():
-        print(f"{name}: {ratios[name]:.3f}, goal at most {goal}: {'met' if ratios[name] <= goal else 'MISSED'}")
+        print(f"{name:32} {memory[name] - memory['forward']:+9.0f} MB beside a forward pass")
+    judge(found | {"full / peer": found["full"] / found["peer: whole"]}, GOALS)
 
 
 if __name__ == "__main__":
