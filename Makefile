@@ -1,6 +1,7 @@
 # make run                          set up if needed, then execute notebooks/03_quant.ipynb into out/
 # make run NB=03_quant SCALE=gpu    another notebook, another scale; ARGS="-p seeds 5" for more
-# make test                         set up if needed, then unit tests, hygiene tests, every notebook at tiny
+# make test                         set up if needed, then unit tests, every verdict once more, every notebook at
+#                                   tiny and rehearsed at paper
 # make test-portable                the same as other machines would run it, half an hour (for maintainers)
 # make lab                          JupyterLab
 # make refresh NB=03_quant          execute in place, as committed: outputs, figures/ (for maintainers)
