@@ -39,7 +39,7 @@ class TrainConfig:
     """All that decides the numbers of a run. Its name is the hash of what differs from the defaults."""
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
-    objective: Literal["clm", "mlm", "pair", "image"] = "clm"
+    objective: Literal["clm"] = "clm"  # causal language modelling
     start: str = ""  # name of the loaded model that training starts from; empty: a fresh one
     corpus: str = "stdlib"  # see data.load_corpus
     characters: params.Natural = 0  # cap on the text of each split; 0: all of it
@@ -62,7 +62,6 @@ class TrainConfig:
     sites: tuple[str, ...] = ("resid_post",)  # measured during training
 
     def __post_init__(self):
-        params.require(self.objective == "clm", f"objective {self.objective!r} is not built yet; built: clm")
         params.require(self.model.context >= 2, "a context of one token leaves nothing to predict")
         params.require(len(self.sites) > 0, "sites must name at least one site")
         params.require(self.bpe <= self.model.vocab, f"bpe {self.bpe} is more than model.vocab {self.model.vocab}")
