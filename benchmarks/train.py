@@ -69,7 +69,7 @@ def main() -> None:
         "ours, as OPT": CONFIG,
     }
     loops = {name: train.prepare(config, tokens, Accelerator(cpu=True)) for name, config in configs.items()}
-    rows = torch.stack([loops["ours, as OPT"].batches.at(number) for number in range(EACH)])
+    rows = torch.stack([loops["ours, as OPT"].rows(number) for number in range(EACH)])
     loops |= {"  peer: GPT-2": Plain(gpt2(), rows), "  peer: OPT": Plain(opt(), rows)}
 
     def steps(loop):

@@ -1,5 +1,6 @@
 """Batches for trainings and evaluations, cut from one long row of ids."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,31 @@ class Batches:
             self._epoch = epoch
             self._order = np.random.default_rng([self.seed, epoch]).permutation(self.chunks)
         return _rows(self.ids, self._order[index * self.batch : (index + 1) * self.batch], self.context)
+
+
+class Ahead:
+    """Batches of which the next is made in a thread, in pinned memory, while the device works on this one.
+
+    Args:
+        batches: what is read; nobody else may read it at the same time.
+        rows: which rows of a batch are wanted.
+        device: where they go.
+    """
+
+    def __init__(self, batches: Batches, rows: slice, device: torch.device):
+        self.batches, self.rows, self.device = batches, rows, device
+        self._thread, self._next = ThreadPoolExecutor(1), (-1, None)
+
+    def at(self, number: int) -> Tensor:
+        """The rows of the batch of that number, on the device; no matter in which order they are asked for."""
+        known, made = self._next
+        batch = (made if known == number else self._thread.submit(self._make, number)).result()
+        self._next = number + 1, self._thread.submit(self._make, number + 1)
+        return batch.to(self.device, non_blocking=True)
+
+    def _make(self, number: int) -> Tensor:
+        batch = self.batches.at(number)[self.rows]
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
 
 def fixed_batches(ids: np.ndarray, count: int, batch: int, context: int) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Optimizers, parameter groups and the learning-rate schedule."""
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -99,10 +100,12 @@ class SOAP(torch.optim.Optimizer):
         stacks = [(group, stack) for group in self.param_groups for stack in _stacks(group["params"])]
         for _, stack in stacks:
             there = torch.tensor([parameter.grad is not None for parameter in stack])
-            known = self.state[stack[0]].setdefault("stacked", there)
-            require(
-                torch.equal(known, there), "SOAP: a parameter has a gradient that had none before, or lost its own"
-            )
+            state = self.state[stack[0]]
+            known = state["stacked"] = state.get("stacked", there).to(
+                "cpu", torch.bool
+            )  # from a checkpoint: as float
+            changed = "SOAP: a parameter has a gradient that had none before, or lost its own"
+            require(torch.equal(known, there), changed)
         for group, stack in stacks:
             stack, state = [one for one in stack if one.grad is not None], self.state[stack[0]]
             if stack:
@@ -118,9 +121,9 @@ class SOAP(torch.optim.Optimizer):
             return
         update = soap_update(grad, state, group["betas"], group["eps"], self.precondition_frequency)
         updates = update if matrices else update.split([one.numel() for one in stack])
-        for parameter, one in zip(stack, updates, strict=True):
-            parameter.sub_(one.view_as(parameter), alpha=group["lr"])
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        updates = [one.view_as(parameter) for parameter, one in zip(stack, updates, strict=True)]
+        torch._foreach_sub_(stack, updates, alpha=group["lr"])
+        torch._foreach_mul_(stack, 1 - group["lr"] * group["weight_decay"])
 
 
 def _stacks(parameters: list[Tensor]) -> Iterable[list[Tensor]]:
@@ -211,5 +214,27 @@ def _refresh(state: dict[str, Tensor], side: str) -> None:
     order = (basis * image).sum(1).argsort(-1, descending=True)  # diag(Q^T G Q): (S, m)
     by_row = order[:, :, None] if side == "left" else order[:, None]
     state["exp_avg_sq"] = state["exp_avg_sq"].take_along_dim(by_row, 1 if side == "left" else 2)
-    # torch.linalg.qr without its R, which nobody needs
-    basis.copy_(torch.linalg.householder_product(*torch.geqrf(image.take_along_dim(order[:, None], 2))))
+    basis.copy_(_orthogonal(image.take_along_dim(order[:, None], 2)))
+
+
+def _orthogonal(x: Tensor) -> Tensor:
+    """(S, m, m) -> the Q of the QR of each, without its R, which nobody needs.
+
+    One matrix leaves a GPU idle, and its solver takes the matrices of a stack one by one: they share some streams.
+    """
+    if not x.is_cuda:
+        return torch.linalg.householder_product(*torch.geqrf(x))
+    found, here, streams = torch.empty_like(x), torch.cuda.current_stream(), _streams(x.device)
+    for stream in streams:
+        stream.wait_stream(here)
+    for number, matrix in enumerate(x):
+        with torch.cuda.stream(streams[number % len(streams)]):
+            found[number] = torch.linalg.householder_product(*torch.geqrf(matrix))
+    for stream in streams:
+        here.wait_stream(stream)
+    return found
+
+
+@cache
+def _streams(device: torch.device) -> list[torch.cuda.Stream]:
+    return [torch.cuda.Stream(device) for _ in range(8)]

@@ -165,11 +165,11 @@ def measure(
             if real is not None and (keys := [name for name in statistics if name.split(".")[-1] == "scores"]):
                 raise UserError(f"{keys[0]} holds scores of padding too: measure it on batches without padding")
             output = run(model, batch)
-            losses.append(float(loss(output, batch)) if loss else float("nan"))
+            losses.append(loss(output, batch) if loss else float("nan"))
     params.require(len(losses) > 0, "nothing to measure: no batches")
     silent = [name for name, stats in statistics.items() if not stats.rows]
     params.require(not silent, f"site {', '.join(silent)} was watched but never computed")
-    return Measurement(sum(losses) / len(losses), statistics)
+    return Measurement(sum(float(one) for one in losses) / len(losses), statistics)
 
 
 def embed(model: nn.Module, batches: Iterable[Batch]) -> Tensor:

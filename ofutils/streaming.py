@@ -32,6 +32,7 @@ METERS = {
 }
 STANDARD = ("neuron_kurtosis", "max_median_ratio", "tensor_kurtosis", "inf_norm", "max_abs")
 _CHUNK = 1024  # tokens taken at a time: what they need fits a cache, and no copy of x is ever made
+_CHUNK_GPU = 32 * _CHUNK  # and keeps a GPU busy
 
 
 @dataclass
@@ -71,7 +72,8 @@ class Statistics:
         mask = None if mask is None or x.ndim == 2 else _spread(mask, x)
         before = len(self.sums["squares"]) if "squares" in self.sums else x.shape[-1]
         params.require(x.shape[-1] == before, f"a site of width {before} now has width {x.shape[-1]}")
-        step = max(1, _CHUNK // max(1, tokens.shape[1]))
+        chunk = _CHUNK if x.device.type == "cpu" else _CHUNK_GPU
+        step = max(1, chunk // max(1, tokens.shape[1]))
         exact = torch.promote_types(x.dtype, torch.float32)
         for start in range(0, len(tokens), step):
             part, real = tokens[start : start + step].to(exact), None

@@ -10,6 +10,7 @@ bit on a CPU with the same number of threads (a GPU's fused attention does not p
 
 import math
 import sys
+import time
 import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,13 +26,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ofutils import UserError, data, hub, optim, params, variants
-from ofutils.batches import Batches, fixed_batches
+from ofutils.batches import Ahead, Batches, fixed_batches
 from ofutils.probes import measure, resolve
 from ofutils.records import Store, differing, digest, warn_of_other_corpus
 from ofutils.resume import State, log_spaced, restore, save, save_weights
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
 
-SAVE_EVERY = 100  # steps between checkpoints; has no influence on the numbers
+SAVE_AFTER = 20  # seconds between checkpoints; has no influence on the numbers
+TELL_AFTER = 2  # seconds between reports on a GPU, where reading the loss waits for every step that is queued
+
+
+class Stopped(Exception):
+    """Raised by a `report` to stop a training, which saves its state first."""
 
 
 @params.settings
@@ -56,6 +62,8 @@ class TrainConfig:
     decay_norm: bool = False  # decay the gains of norms too
     clip: params.Positive = 1.0  # largest norm of the gradient
     precision: Literal["no", "bf16"] = "no"  # bf16: mixed
+    compile: bool = False  # on a GPU, torch.compile of model and loss: a minute at the start; for long runs
+    rows_at_once: params.Natural = 0  # of a batch through the model, gradients added up, to save memory; 0: all
     seed: params.Natural = 0
     measure_every: params.Count = 50  # steps between measurements; the last step is always measured
     eval_batches: params.Count = 2
@@ -109,7 +117,8 @@ def _folder(config: TrainConfig) -> Path:
     return params.out() / "runs" / config.name
 
 
-def _checkpoint(config: TrainConfig) -> Path:
+def checkpoint(config: TrainConfig) -> Path:
+    """Where the state of a run lies while it is not finished."""
     return _folder(config) / "checkpoint.safetensors"
 
 
@@ -178,35 +187,49 @@ def find(config: TrainConfig) -> Run | None:
 
 @dataclass(frozen=True)
 class Loop:
-    """What a step needs: the model as it is and as it is trained (wrapped), optimizer and batches; from `prepare`."""
+    """What a step needs, from `prepare`.
+
+    The model as it is and as it is trained (wrapped), its loss, the optimizer, and this process' rows by the batch's
+    number.
+    """
 
     config: TrainConfig
     accelerator: Accelerator
     model: Transformer
     trained: nn.Module
+    loss: Callable[[nn.Module, Tensor], Tensor]
     optimizer: torch.optim.Optimizer
-    batches: Batches
+    rows: Callable[[int], Tensor]
 
     @property
     def writes(self) -> bool:
         """Whether this process is the one that writes."""
         return self.accelerator.is_main_process
 
+    def precision(self) -> torch.autocast:
+        """The context in which the model runs."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
     def step(self, number: int) -> Tensor:
         """The step of that number, from 0 on; returns its loss, 0-d, on the device."""
         config, device = self.config, self.accelerator.device
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * optim.schedule(number, config.steps, config.warmup)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        _seed_dropout(device, (config.seed * 1_000_003 + number) * 1_009 + rank)
-        batch = self.batches.at(number)[rank::world].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = clm_loss(self.trained(batch), batch)
-        self.accelerator.backward(loss)
+        _seed_dropout(device, (config.seed * 1_000_003 + number) * 1_009 + self.accelerator.process_index)
+        batch, whole = self.rows(number), 0
+        for part in batch.split(config.rows_at_once or len(batch)):
+            with self.precision():
+                loss = self.loss(self.trained, part) * (len(part) / len(batch))
+            self.accelerator.backward(loss)
+            whole = whole + loss.detach()
         self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return whole
+
+
+def _loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return clm_loss(model(batch), batch)
 
 
 def _seed_dropout(device: torch.device, seed: int) -> None:
@@ -239,6 +262,9 @@ def prepare(
     world = accelerator.num_processes
     params.require(config.batch % world == 0, f"a batch of {config.batch} does not split over {world} processes")
     batches = Batches(tokens.train, config.batch, config.model.context, config.seed)
+    part = slice(accelerator.process_index, None, world)
+    ahead = accelerator.device.type == "cuda"
+    rows = Ahead(batches, part, accelerator.device).at if ahead else lambda number: batches.at(number)[part]
     torch.manual_seed(config.seed)
     model = model or Transformer(config.model)
     resolve(model, config.sites)
@@ -247,14 +273,15 @@ def prepare(
     recipe = config.lr, config.betas, config.eps, config.weight_decay, config.decay_norm
     trained, optimizer = accelerator.prepare(model, optim.make(config.optimizer, model, *recipe))
     model.train()
-    return Loop(config, accelerator, model, trained, optimizer, batches)
+    loss = torch.compile(_loss) if config.compile and accelerator.device.type == "cuda" else _loss
+    return Loop(config, accelerator, model, trained, loss, optimizer, rows)
 
 
 def train(
     config: TrainConfig,
     model: Transformer | None = None,
     report: Callable[[int, float], None] | None = None,
-    save_every: int = SAVE_EVERY,
+    save_every: int = 0,
     again: bool = False,
     keep: bool = False,
 ) -> Run:
@@ -263,8 +290,8 @@ def train(
     Args:
         config: the run.
         model: where training starts, with `config.start` as its name; it is trained in place.
-        report: called with (steps done, loss) instead of the progress bar.
-        save_every: steps between checkpoints.
+        report: called with (steps done, loss) instead of the progress bar; it may raise `Stopped`.
+        save_every: steps between checkpoints; 0: as many as take `SAVE_AFTER`.
         again: train even where there is a record, for the weights that are not here.
         keep: keep the weights at the `log_spaced` steps, for `checkpoints`.
 
@@ -287,28 +314,48 @@ def train(
     evaluation = fixed_batches(tokens.validation, config.eval_batches, config.batch, config.model.context)
     state = _begin(loop, wanted, tokens.corpus)
     report = report or _bar(config, state.step, shown=loop.writes)
-    while state.step < config.steps and state.diverged is None:
-        loss = loop.step(state.step)
-        state.add(loss)
-        last = state.step == config.steps
-        if last or state.step % config.measure_every == 0:
-            _measure(state, loop, evaluation)
-        if loop.writes and state.step in wanted:
-            save_weights(kept(config, state.step), loop.model)
-        if last or state.step % 10 == 0:
-            report(state.step, float(loss))
-        if loop.writes and state.step % save_every == 0 and not last and state.diverged is None:
-            save(_checkpoint(config), loop.model, loop.optimizer, state, tokens.corpus)
+    saves, tells = Every(SAVE_AFTER), Every(TELL_AFTER if accelerator.device.type == "cuda" else 0)
+    try:
+        while state.step < config.steps and state.diverged is None:
+            loss = loop.step(state.step)
+            state.add(loss)
+            last = state.step == config.steps
+            if last or state.step % config.measure_every == 0:
+                _measure(state, loop, evaluation)
+            if loop.writes and state.step in wanted:
+                save_weights(kept(config, state.step), loop.model)
+            if last or (state.step % 10 == 0 and tells.due()):
+                report(state.step, float(loss))
+            if not last and (state.step % save_every == 0 if save_every else saves.due()):
+                _save(loop, state, tokens.corpus)
+    except Stopped:
+        _save(loop, state, tokens.corpus)
+        raise
     return _finish(loop, state, tokens.corpus)
+
+
+class Every:
+    """A clock that is due when so many seconds have passed since it was made, or last due."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether they have passed; they start anew then."""
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
 
 
 def _begin(loop: Loop, wanted: tuple[int, ...], corpus: str) -> State:
     """Where the run stands: at its checkpoint, or at its start, whose weights are kept if they are wanted."""
-    config, checkpoint = loop.config, _checkpoint(loop.config)
+    config, path = loop.config, checkpoint(loop.config)
     if wanted and not kept(config, 0).is_file():
-        checkpoint.unlink(missing_ok=True)  # begun without keeping: the early weights need a new start
-    if checkpoint.is_file():
-        return restore(checkpoint, loop.model, loop.optimizer, corpus)
+        path.unlink(missing_ok=True)  # begun without keeping: the early weights need a new start
+    if path.is_file():
+        return restore(path, loop.model, loop.optimizer, corpus)
     if loop.writes:
         for old in _folder(config).glob("step-*.safetensors"):
             old.unlink()
@@ -318,13 +365,20 @@ def _begin(loop: Loop, wanted: tuple[int, ...], corpus: str) -> State:
 
 
 def _measure(state: State, loop: Loop, evaluation: list[Tensor]) -> None:
-    config, found = loop.config, measure(loop.model, evaluation, loop.config.sites, clm_loss).summary()
+    config = loop.config
+    with loop.precision():
+        found = measure(loop.model, evaluation, config.sites, clm_loss).summary()
     train_loss = float(loop.accelerator.reduce(state.loss_sum, "mean")) / state.loss_count
     lr = config.lr * optim.schedule(state.step - 1, config.steps, config.warmup)
     state.log.append({"step": state.step, "train_loss": train_loss, "lr": lr, **found})
     state.loss_sum, state.loss_count = torch.zeros_like(state.loss_sum), 0
     if not (math.isfinite(train_loss) and math.isfinite(found["loss"])):
         state.diverged = state.step
+
+
+def _save(loop: Loop, state: State, corpus: str) -> None:
+    if loop.writes and state.diverged is None:
+        save(checkpoint(loop.config), loop.model, loop.optimizer, state, corpus)
 
 
 def _finish(loop: Loop, state: State, corpus: str) -> Run:
@@ -335,7 +389,7 @@ def _finish(loop: Loop, state: State, corpus: str) -> Run:
     if loop.writes:
         save_weights(_folder(config) / "model.safetensors", loop.model)
         record = store().write("train", differing(config), result, params.environment() | {"corpus": corpus})
-        _checkpoint(config).unlink(missing_ok=True)
+        checkpoint(config).unlink(missing_ok=True)
     loop.accelerator.wait_for_everyone()
     return Run(config, record)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ofutils import UserError, data
-from ofutils.batches import Batches, fixed_batches
+from ofutils.batches import Ahead, Batches, fixed_batches
 
 
 def test_the_standard_library_is_split_by_file_without_its_tests():
@@ -58,6 +58,13 @@ def test_the_number_alone_decides_the_batch():
         assert torch.equal(straight.at(number), drawn[number])
         assert torch.equal(Batches(np.arange(640), 4, 16, seed=1).at(number), drawn[number])
     assert not torch.equal(Batches(np.arange(640), 4, 16, seed=2).at(0), drawn[0])
+
+
+def test_batches_made_ahead_are_the_same_in_every_order():
+    plain = Batches(np.arange(640), 4, 16, seed=1)
+    ahead = Ahead(Batches(np.arange(640), 4, 16, seed=1), slice(1, None, 2), torch.device("cpu"))
+    for number in (0, 1, 2, 9, 10, 11, 3, 3, 20, 0):
+        assert torch.equal(ahead.at(number), plain.at(number)[1::2])
 
 
 def test_fixed_batches_are_fixed_and_spread_over_the_split():

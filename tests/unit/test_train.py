@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -59,7 +60,8 @@ def test_a_broken_run_resumes_to_the_bit(out, config, monkeypatch, method, optim
 def test_sigkill_and_the_same_command_again_continue_to_the_bit(out, corpus, config):
     config = dataclasses.replace(config, steps=2000, measure_every=1000)
     (out / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
-    command = [sys.executable, "-m", "ofutils.train", "--config", str(out / "run.yaml"), "--steps", "900"]
+    often = "import sys; from ofutils import train; train.SAVE_AFTER = 0.2; train.main(sys.argv[1:])"
+    command = [sys.executable, "-c", often, "--config", str(out / "run.yaml"), "--steps", "900"]
 
     def run(folder, **more):
         return subprocess.Popen(command, env=os.environ | {"OFUTILS_OUT": str(folder)}, **more)
@@ -78,6 +80,61 @@ def test_sigkill_and_the_same_command_again_continue_to_the_bit(out, corpus, con
     weights = [load_file(out / place / "runs" / name / "model.safetensors") for place in ("straight", "killed")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not checkpoint.exists()
+
+
+def test_a_stop_saves_the_step_at_which_it_was_asked_for(out, config):
+    def report(step, loss):
+        if step == 10:
+            raise train.Stopped
+
+    with pytest.raises(train.Stopped):
+        train.train(config, report=report)
+    seen = []
+    run = train.train(config, report=lambda step, loss: seen.append(step))
+    assert seen == [20] and [entry["step"] for entry in run.log] == [5, 10, 15, 20]
+
+
+class Gradients:
+    """An optimizer that keeps the gradients and moves nothing."""
+
+    param_groups = ()
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.found = [parameter.grad.clone() for parameter in self.model.parameters()]
+
+    def zero_grad(self):
+        self.model.zero_grad()
+
+
+def gradients(config):
+    loop = train.prepare(config, train.load_tokens(config), Accelerator(cpu=True))
+    loop = dataclasses.replace(loop, optimizer=Gradients(loop.model.double()))
+    return loop.step(3), loop.optimizer.found
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_at_once_change_nothing_but_the_order_of_sums(out, config, rows):
+    loss, whole = gradients(config)
+    again, parts = gradients(dataclasses.replace(config, rows_at_once=rows))
+    bound = 8 * torch.finfo(torch.float32).eps  # the loss is taken in float32, all else here in float64
+    torch.testing.assert_close(again, loss, rtol=bound, atol=0)
+    largest = max(one.abs().max() for one in whole)
+    assert max((one - other).abs().max() for one, other in zip(whole, parts, strict=True)) <= bound * largest
+
+
+@pytest.mark.parametrize("method", ["vanilla", "clipped", "mlp gate", "OP layernorm", "post"])
+def test_the_step_is_one_graph_for_the_compiler(method):
+    """`compile` itself is for GPUs; that nothing in model and loss breaks the graph can be seen anywhere."""
+    model = Transformer(dataclasses.replace(SMALL, **METHODS[method]))
+    batch, found = torch.randint(0, SMALL.vocab, (3, SMALL.context)), []
+    for loss in (train._loss, torch.compile(train._loss, backend="eager", fullgraph=True)):
+        model.zero_grad()
+        loss(model, batch).backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_training_learns_and_a_finished_run_is_loaded_not_repeated(out, config, monkeypatch):
