@@ -4,7 +4,7 @@ Letters used for shapes in every docstring and comment
     B batch, T tokens in a row, D width, H heads, K head width (D / H),
     V vocabulary, L layers, N tokens in all (B x T, over every batch).
 
-The core stands on five floors; a room imports from lower floors only (a test reads the imports). It holds the papers'
+The core stands on six floors; a room imports from lower floors only (a test reads the imports). It holds the papers'
 metrics, blocks, optimizers and quantizers, and what several notebooks or the command line need. What one notebook
 alone computes is a study, `studies.<notebook>`: the core never imports a study, and no study another.
 
@@ -36,6 +36,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     3      train        `TrainConfig`, `train`, resume
     4      sweep        many runs: here or in local processes; the notebooks' recipes
     4      report       the scoreboard: claims, what was measured, verdicts
+    5      campaign     all runs of a scale within a time limit, in one queue
 
 The recipes (which runs a notebook needs at each scale) are `recipes/*.yaml`, the papers' numbers
 `papers/*.csv`, their claims `papers/claims.yaml`; all are package data.

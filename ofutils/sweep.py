@@ -28,6 +28,8 @@ from ofutils.transformer import clm_loss
 #: The text on which published checkpoints are measured, unless another is named: id, part and split of a data set.
 HELD_OUT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 
+_FOLDER = resources.files("ofutils") / "recipes"
+
 
 @params.settings
 class Evaluation:
@@ -228,8 +230,11 @@ class Recipe:
     name: str
     scale: str
     jobs: tuple[Job, ...]
-    grid: tuple[Job, ...]  # one seed of every method at every learning rate of its grid
-    workers: int | None
+    grid: tuple[Job, ...] = ()  # one seed of every method at every learning rate of its grid
+    workers: int | None = None
+    value: int = 0  # how many claims its first seed is evidence for; 0: it refines what others show
+    unsettled: tuple[str, ...] = ()  # methods whose learning rate waits for runs of the grid
+    overrides: tuple = ()  # what `read_recipe` got besides name and scale
 
     def runnable(self, grid: bool = False) -> list[Job]:
         """The jobs, or those of the grid, if this machine can carry the scale or has every record.
@@ -239,6 +244,8 @@ class Recipe:
         """
         jobs = list(self.grid if grid else self.jobs)
         params.require(len(jobs) > 0, f"{self.name} has no {'grid' if grid else 'runs'} at scale {self.scale}")
+        waits = "" if grid else ", ".join(self.unsettled)
+        params.require(not waits, f"{self.name}: no learning rate for {waits}: not all of its grid is recorded")
         here = self.scale in ("tiny", "small") or params.device().type != "cpu"
         missing = [] if here else [job for job in jobs if not job.published and recall(job) is None]
         of = f"{len(missing)} of {len(jobs)} runs have no record here, e.g. {missing[0].label if missing else None}"
@@ -246,18 +253,31 @@ class Recipe:
         params.require(not missing, needs)
         return jobs
 
+    def settled(self) -> "Recipe":
+        """This recipe at the learning rates that its grid decides; what is missing of the grid is trained first."""
+        if not self.unsettled:
+            return self
+        self.run(grid=True)
+        return read_recipe(self.name, self.scale, *self.overrides)
+
     def run(self, grid: bool = False, workers: int | None = None) -> list[Outcome]:
         """Perform or recall the jobs, or those of the grid."""
-        return run(self.runnable(grid), self.workers if workers is None else workers)
+        recipe = self if grid else self.settled()
+        return run(recipe.runnable(grid), self.workers if workers is None else workers)
 
 
 def _read_yaml(name: str) -> dict:
     import yaml
 
-    folder = resources.files("ofutils") / "recipes"
-    known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    params.require_known("recipe", name, known)
-    return yaml.safe_load((folder / f"{name}.yaml").read_text())
+    files = {path.name.removesuffix(".yaml"): path for path in _FOLDER.iterdir() if path.name.endswith(".yaml")}
+    params.require_known("recipe", name, sorted(files))
+    return yaml.safe_load(files[name].read_text())
+
+
+def recipes(scale: str) -> list[str]:
+    """The names of all recipes that have this scale."""
+    names = sorted(path.name.removesuffix(".yaml") for path in _FOLDER.iterdir() if path.name.endswith(".yaml"))
+    return [name for name in names if scale in _read_yaml(name)["scales"]]
 
 
 def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: str = "") -> Recipe:
@@ -279,7 +299,7 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
         evaluation = params.build(Evaluation, chosen["evaluation"] | ({"text": corpus} if corpus else {}))
         at = tuple(step for step in chosen["checkpoints"] if step <= (steps or step))
         sources = {method: Published(where, at) for method, where in chosen["published"].items()}
-        return Recipe(name, scale, tuple(Job(m, one, (), evaluation) for m, one in sources.items()), (), 0)
+        return Recipe(name, scale, tuple(Job(m, one, (), evaluation) for m, one in sources.items()), workers=0)
     override = ({"steps": steps} if steps else {}) | ({"corpus": corpus} if corpus else {})
     base = chosen["base"] | override
     params.require(base.get("corpus") != "", f"{name} at scale {scale} needs a text to train on: name it with corpus")
@@ -292,12 +312,35 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
         values["warmup"] = min(values["warmup"], values["steps"] // 4)
         return Job(method, params.build(TrainConfig, values), settings, evaluation)
 
-    rates = {method: {"lr": lr} for method, lr in chosen.get("lr", {}).items()}
+    follows = chosen.get("follows", {})  # method -> another one, whose rate it takes, and a factor
+    own = [method for method in methods if method not in follows]
+    tried = chosen.get("grid", [])
+    of = tried if isinstance(tried, dict) else dict.fromkeys(own, tried)
+    grid = [job(m, 0, lr=lr, measure_every=base["steps"]) for m in own for lr in of[m]]
+    plain = replace(evaluation, sites=(), over_training=False)
+    grid = tuple(replace(one, settings=(), evaluation=plain) for one in grid)
+    rates, unsettled = chosen.get("lr", {}), ()
+    if rates == "rule":
+        rates = largest_good_rates(grid)
+        unsettled = tuple(m for m in methods if follows.get(m, [m])[0] not in rates)
+        rates |= {m: rates[other] * factor for m, (other, factor) in follows.items() if other in rates}
     start, count = chosen.get("first_seed", 1), seeds or chosen["seeds"]
+    rates = {method: {"lr": lr} for method, lr in rates.items()}
     jobs = tuple(job(m, seed, **rates.get(m, {})) for seed in range(start, start + count) for m in methods)
-    grid = [job(m, 0, lr=lr, measure_every=base["steps"]) for m in methods for lr in chosen.get("grid", [])]
-    grid = tuple(replace(one, settings=(), evaluation=replace(evaluation, sites=())) for one in grid)
-    return Recipe(name, scale, jobs, grid, chosen.get("workers"))
+    about = chosen.get("workers"), chosen.get("value", 0), unsettled, (steps, seeds, corpus)
+    return Recipe(name, scale, jobs, grid, *about)
+
+
+def largest_good_rates(grid: tuple[Job, ...], slack: float = 0.1) -> dict[str, float]:
+    """Method -> the largest rate within `slack` nats of its best loss, where all its runs of a grid are recorded."""
+    found = {(job.method, job.config.lr): recall(job) for job in grid}
+    rates = {}
+    for method in dict.fromkeys(job.method for job in grid):
+        of = {lr: outcome for (name, lr), outcome in found.items() if name == method}
+        losses = {lr: one.measured["loss"] for lr, one in of.items() if one and not one.error}
+        if losses and None not in of.values():
+            rates[method] = max(lr for lr, loss in losses.items() if loss <= min(losses.values()) + slack)
+    return rates
 
 
 @params.settings
