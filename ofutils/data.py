@@ -9,9 +9,12 @@ import os
 import site
 import sys
 import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +26,8 @@ _ENDINGS = "txt md rst py tex html json csv c h js java go"
 TEXT_SUFFIXES = {f".{ending}" for ending in _ENDINGS.split()}
 _VALIDATION_SHARE = 20  # one document in 20
 _END = "<|endoftext|>"
+_BPE_CHARACTERS = 1 << 30  # of the training split, from which the tokenizer learns
+_LOOK = 1 << 24  # ids of a split that are looked at when it is loaded
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Corpus:
     """Documents of one source, split by name; `characters` caps the text of each split (0: all of it)."""
 
     source: str
-    documents: tuple[tuple[str, str], ...]  # (name, text), sorted by name
+    documents: Sequence[tuple[str, str]]  # (name, text), sorted by name
     characters: int = 0
 
     @cached_property
@@ -42,24 +47,81 @@ class Corpus:
         return digest.hexdigest()
 
     @cached_property
-    def ranked(self) -> list[tuple[str, str]]:
-        """The documents in an order that the hash of their names decides."""
-        return sorted(self.documents, key=lambda document: hashlib.sha256(document[0].encode()).hexdigest())
+    def _order(self) -> np.ndarray:
+        """Places of the documents by the hash of their names."""
+        hashes = (hashlib.sha256(name.encode()).digest()[:8] for name, _ in self.documents)
+        return np.argsort(np.fromiter((int.from_bytes(one) for one in hashes), np.uint64), kind="stable")
 
-    @cached_property
-    def splits(self) -> dict[str, list[str]]:
-        """Texts of `train` and `validation`: disjoint, both non-empty."""
-        held = max(1, len(self.ranked) // _VALIDATION_SHARE)
-        train, room = [], self.characters or sys.maxsize
-        for _, text in self.ranked[held:]:
+    @property
+    def ranked(self) -> Iterator[tuple[str, str]]:
+        """The documents in an order that the hash of their names decides."""
+        return (self.documents[place] for place in self._order)
+
+    def split(self, name: Literal["train", "validation"]) -> Iterator[str]:
+        """The texts of a split, one after the other: the two are disjoint, and neither is empty."""
+        held = max(1, len(self.documents) // _VALIDATION_SHARE)
+        if name == "validation":
+            texts = (text for _, text in islice(self.ranked, held))
+            yield from ["\n".join(texts)[: self.characters]] if self.characters else texts
+            return
+        room = self.characters or sys.maxsize
+        for _, text in islice(self.ranked, held, None):
             if room <= 0:
-                break
-            train.append(text[:room])
+                return
+            yield text[:room]
             room -= len(text)
-        validation = [text for _, text in self.ranked[:held]]
-        if self.characters:
-            validation = ["\n".join(validation)[: self.characters]]
-        return {"train": train, "validation": validation}
+
+
+class Mapped(Sequence):
+    """Documents of parquet files, in a memory map: a text is read when it is asked for.
+
+    Their texts are copied once to `runs/text`, as an Arrow file, since parquet cannot be read document by document.
+
+    Raises:
+        UserError: files that are not readable, or hold no column of text.
+    """
+
+    def __init__(self, paths: list[Path]):
+        import pyarrow
+
+        seen = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        place = params.out() / "runs" / "text" / f"{hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}.arrow"
+        if not place.is_file():
+            write_atomically(place, lambda temporary: _copy_texts(paths, temporary))
+        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(place))).read_all()
+        self._numbers, self._texts = table["number"], table["text"]
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, place: int) -> tuple[str, str]:
+        return f"{self._numbers[int(place)].as_py():09d}", self._texts[int(place)].as_py()
+
+
+def _copy_texts(paths: list[Path], target: Path) -> None:
+    """The texts of parquet files that are not blank, with the numbers of their rows, as an Arrow file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema([("number", pyarrow.int64()), ("text", pyarrow.large_string())])
+    with pyarrow.OSFile(str(target), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
+        number = 0
+        for path in paths:
+            try:
+                file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+                columns = [one.name for one in file.schema_arrow if str(one.type) in ("string", "large_string")]
+                column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
+                has = f"it has {', '.join(file.schema_arrow.names)}"
+                params.require(column is not None, f"corpus {path}: needs a string column named text; {has}")
+                for batch in file.iter_batches(1024, columns=[column]):
+                    texts = batch.column(0).to_pylist()
+                    kept = [(number + row, text) for row, text in enumerate(texts) if text and text.strip()]
+                    number += len(texts)
+                    writer.write(
+                        pyarrow.record_batch([*map(list, zip(*kept, strict=True))] or [[], []], schema=schema)
+                    )
+            except (OSError, pyarrow.ArrowInvalid) as error:
+                raise UserError(f"corpus {path}: is not a readable parquet file") from error
 
 
 def _read_folder(folder: Path, suffixes: set[str], skip: frozenset[str] = frozenset()) -> list[tuple[str, str]]:
@@ -76,25 +138,16 @@ def _read_folder(folder: Path, suffixes: set[str], skip: frozenset[str] = frozen
     return sorted(documents)
 
 
-def _read_file(path: Path) -> list[tuple[str, str]]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise UserError(f"corpus {path}: is not a readable parquet file") from error
-        columns = [f.name for f in table.schema if str(f.type) in ("string", "large_string")]
-        column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
-        has = f"it has {', '.join(table.column_names)}"
-        params.require(column is not None, f"corpus {path}: needs a string column named text; {has}")
-        texts = table[column].to_pylist()
-    else:
-        try:
-            texts = path.read_text(encoding="utf-8").split("\n\n")  # paragraphs
-        except (UnicodeDecodeError, OSError) as error:
-            raise UserError(f"corpus {path}: is neither readable UTF-8 text nor parquet") from error
-    return [(f"{index:09d}", text) for index, text in enumerate(texts) if text and text.strip()]
+def _read_path(path: Path) -> Sequence[tuple[str, str]]:
+    if tables := [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet")):
+        return Mapped(tables)
+    if path.is_dir():
+        return tuple(_read_folder(path, TEXT_SUFFIXES))
+    try:
+        texts = path.read_text(encoding="utf-8").split("\n\n")  # paragraphs
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"corpus {path}: is neither readable UTF-8 text nor parquet") from error
+    return tuple((f"{index:09d}", text) for index, text in enumerate(texts) if text.strip())
 
 
 @lru_cache(maxsize=4)
@@ -103,8 +156,8 @@ def load_corpus(source: str = "stdlib", characters: int = 0) -> Corpus:
 
     Args:
         source: `stdlib` (the interpreter's standard library without its tests), `site-packages`, or the
-            path of a folder of text files, a text file (paragraphs are documents) or a parquet file
-            (column `text`).
+            path of a folder of text files, a text file (paragraphs are documents), a parquet file (column
+            `text`) or a folder of them, of any size.
         characters: use at most so many characters of each split; 0 uses all.
 
     Raises:
@@ -119,10 +172,10 @@ def load_corpus(source: str = "stdlib", characters: int = 0) -> Corpus:
         path = Path(source).expanduser()
         built_in = f"{params.suggest(source, BUILT_IN)}; built in: {', '.join(BUILT_IN)}"
         params.require(source and path.exists(), f"corpus {source!r}: no such file or folder{built_in}")
-        documents = _read_folder(path, TEXT_SUFFIXES) if path.is_dir() else _read_file(path)
+        documents = _read_path(path)
     few = f"corpus {source!r} holds {len(documents)} documents of text; it needs two or more"
     params.require(len(documents) >= 2, few)
-    return Corpus(source, tuple(documents), characters)
+    return Corpus(source, documents if isinstance(documents, Mapped) else tuple(documents), characters)
 
 
 # --- tokens
@@ -160,25 +213,30 @@ def tokenize(corpus: Corpus, vocab: int) -> Tokens:
     paths = {split: folder / f"{split}.npy" for split in ("train", "validation")}
     tokenizer_path = folder / "tokenizer.json"
     if not all(path.is_file() for path in (*paths.values(), tokenizer_path)):
-        tokenizer = _train_bpe(corpus.splits["train"], vocab)
+        tokenizer = _train_bpe(_up_to(_BPE_CHARACTERS, corpus.split("train")), vocab)
         write_atomically(tokenizer_path, lambda path: path.write_text(tokenizer.to_str()))
         for split, path in paths.items():
-            ids = _encode(tokenizer, corpus.splits[split], vocab)
-            write_atomically(path, lambda temporary, ids=ids: _save(temporary, ids))
+            texts = corpus.split(split)
+            write_atomically(path, lambda temporary, texts=texts: _encode(temporary, tokenizer, texts, vocab))
     try:
         loaded = {split: np.load(path, mmap_mode="r") for split, path in paths.items()}
     except (OSError, ValueError) as error:
         raise UserError(f"the tokens in {folder} are not readable; delete that folder") from error
-    params.require(max(int(ids.max()) for ids in loaded.values()) < vocab, f"{folder} holds other tokens; delete it")
+    largest = max(int(ids[:_LOOK].max()) for ids in loaded.values())
+    params.require(largest < vocab, f"{folder} holds other tokens; delete it")
     return Tokens(corpus.sha256, vocab, **loaded, tokenizer_path=tokenizer_path)
 
 
-def _save(path: Path, ids: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, ids)
+def _up_to(characters: int, texts: Iterable[str]) -> Iterator[str]:
+    """The first texts, until they hold so many characters."""
+    for text in texts:
+        if characters <= 0:
+            return
+        characters -= len(text)
+        yield text
 
 
-def _train_bpe(texts: list[str], vocab: int):
+def _train_bpe(texts: Iterable[str], vocab: int):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -189,8 +247,16 @@ def _train_bpe(texts: list[str], vocab: int):
     return tokenizer
 
 
-def _encode(tokenizer, texts: list[str], vocab: int) -> np.ndarray:
-    dtype = np.uint16 if vocab <= 1 << 16 else np.int32
-    end = tokenizer.token_to_id(_END)
-    rows = [np.array([*row.ids, end], dtype) for row in tokenizer.encode_batch(texts)]
-    return np.concatenate(rows)
+def _encode(path: Path, tokenizer, texts: Iterator[str], vocab: int) -> None:
+    """Write the ids of all texts as one .npy array, of which a few documents are in memory at a time."""
+    dtype = np.dtype(np.uint16 if vocab <= 1 << 16 else np.int32)
+    end, count = tokenizer.token_to_id(_END), 0
+    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, about | {"shape": (0,)})
+        while some := list(islice(texts, 1024)):
+            for row in tokenizer.encode_batch(some):
+                file.write(np.array([*row.ids, end], dtype).tobytes())
+                count += len(row.ids) + 1
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, about | {"shape": (count,)})  # as long as the first one

@@ -13,30 +13,59 @@ def test_the_standard_library_is_split_by_file_without_its_tests():
     names = [name for name, _ in corpus.documents]
     assert "json/decoder.py" in names and names == sorted(names)
     assert not any(part in name.split("/") for name in names for part in ("test", "tests", "site-packages"))
-    train, validation = corpus.splits["train"], corpus.splits["validation"]
+    train, validation = (list(corpus.split(name)) for name in ("train", "validation"))
     assert len(train) + len(validation) == len(names)
     assert not set(train) & {text for text in validation if len(text) > 200}
 
 
 def test_a_cap_shortens_the_training_text_and_changes_the_name(corpus):
     whole, capped = data.load_corpus(str(corpus)), data.load_corpus(str(corpus), 5000)
-    assert sum(map(len, capped.splits["train"])) == 5000
+    assert sum(map(len, capped.split("train"))) == 5000
     assert whole.sha256 != capped.sha256
 
 
-def test_a_text_file_and_a_parquet_file_are_corpora(tmp_path):
-    texts = [f"paragraph {index} of a text" for index in range(30)]
+def parquet(path, texts):
+    pyarrow.parquet.write_table(pa.table({"title": ["t"] * len(texts), "text": texts}), path, row_group_size=7)
+
+
+def test_a_text_a_parquet_file_and_a_folder_of_them_are_the_same_corpus(out, tmp_path):
+    texts = [f"paragraph {index} of a text" if index % 5 else " " for index in range(3000)]
     (tmp_path / "one.txt").write_text("\n\n".join(texts))
-    pyarrow.parquet.write_table(pa.table({"title": ["t"] * 30, "text": texts}), tmp_path / "one.parquet")
-    for name in ("one.txt", "one.parquet"):
-        assert [text for _, text in data.load_corpus(str(tmp_path / name)).documents] == texts
+    parquet(tmp_path / "one.parquet", [text or None for text in texts])
+    (tmp_path / "folder").mkdir()
+    for part in range(3):
+        parquet(tmp_path / "folder" / f"{part}.parquet", texts[part * 1000 : (part + 1) * 1000])
+    first, *others = (data.load_corpus(str(tmp_path / name)) for name in ("one.txt", "one.parquet", "folder"))
+    assert len(first.documents) == 2400 and first.documents[0] == ("000000001", texts[1])
+    tokens = data.tokenize(first, 300)
+    for other in others:
+        assert list(other.documents) == list(first.documents) and other.documents[-1] == first.documents[-1]
+        assert other.sha256 == first.sha256 and list(other.ranked) == list(first.ranked)
+        again = data.tokenize(other, 300)
+        assert np.array_equal(again.train, tokens.train) and np.array_equal(again.validation, tokens.validation)
+
+
+def test_parquet_text_and_tokens_stay_on_disk(out, tmp_path):
+    parquet(tmp_path / "large.parquet", [f"{index} " * 20_000 for index in range(100)])
+    corpus = data.load_corpus(str(tmp_path / "large.parquet"))
+    before = pa.total_allocated_bytes()
+    assert sum(len(text) for _, text in corpus.documents) > 5_000_000
+    assert pa.total_allocated_bytes() - before < 1_000_000
+    tokens = data.tokenize(corpus, 300)
+    assert isinstance(tokens.train, np.memmap) and isinstance(tokens.validation, np.memmap)
+    assert len(list((out / "runs" / "text").iterdir())) == 1
+    (tmp_path / "large.parquet").write_bytes(b"no parquet")
+    data.load_corpus.cache_clear()
+    with pytest.raises(UserError, match="is not a readable parquet file"):
+        data.load_corpus(str(tmp_path / "large.parquet"))
+    assert len(list((out / "runs" / "text").iterdir())) == 1
 
 
 def test_tokens_decode_to_the_text_and_come_from_the_cache(out, corpus, monkeypatch):
     loaded = data.load_corpus(str(corpus))
     tokens = data.tokenize(loaded, 300)
     text = tokens.tokenizer.decode(tokens.train[:2000].tolist(), skip_special_tokens=False)
-    assert text.startswith(loaded.splits["train"][0])
+    assert text.startswith(next(loaded.split("train")))
     assert int(tokens.train.max()) < 300
     data.tokenize.cache_clear()
     monkeypatch.setattr(data, "_train_bpe", lambda *_: pytest.fail("trained again"))
