@@ -63,6 +63,13 @@ MODELS = {
     "google/vit-base-patch16-224-in21k": Model("ViTModel", {}, ""),
     hub.MINILM: Model("BertModel", _MINILM, "bert"),
 }
+# configurations of checkpoints of kilobytes, for `saved`
+BERT = transformers.BertConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=80
+)
+OPT = transformers.OPTConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, vocab_size=80, word_embed_proj_dim=32
+)
 # (special tokens by id, before the bytes; the token before and after a text; roles)
 TOKENIZERS = {
     "neox": (["<|endoftext|>", "<|padding|>"], "", "", {"eos": "<|endoftext|>", "pad": "<|padding|>"}),
@@ -125,6 +132,28 @@ def keep(home: Path, name: str, source: Path, revision: str = "main") -> Path:
     folder = home / "hub" / f"models--{name.replace('/', '--')}"
     folder.mkdir(parents=True, exist_ok=True)
     return _snapshot(folder, revision, {path.name: _blob(folder, path) for path in sorted(source.iterdir())})
+
+
+def saved(folder, build, config, form="safetensors"):
+    """A random checkpoint without a tokenizer: safetensors, `bin` or `old` (before torch 1.6); or `bin sharded`."""
+    torch.manual_seed(0)
+    model = build(config).half()  # as OPT's are
+    form, _, sharded = form.partition(" ")
+    model.save_pretrained(folder, max_shard_size="20kB" if sharded else "1GB")
+    if form == "safetensors":
+        return folder
+    state, old = model.state_dict(), {"_use_new_zipfile_serialization": form != "old"}  # both names of what is tied
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    if not sharded:
+        torch.save(state, folder / "pytorch_model.bin", **old)
+        return folder
+    (folder / "model.safetensors.index.json").unlink()
+    names = {key: f"pytorch_model-{place % 3 + 1:05d}-of-00003.bin" for place, key in enumerate(state)}
+    for name in set(names.values()):
+        torch.save({key: value for key, value in state.items() if names[key] == name}, folder / name, **old)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return folder
 
 
 def _build_model(folder: Path, model: Model) -> None:

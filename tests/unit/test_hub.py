@@ -1,4 +1,4 @@
-"""Checkpoints by name: offline, in the cache, packaged, made up, and a Hub (of this test) that answers."""
+"""Checkpoints by name: offline, in the cache, as safetensors and pickled, packaged, made up."""
 
 import json
 import pickle
@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
@@ -16,7 +15,9 @@ from huggingface_hub import constants
 
 from ofutils import UserError, data, hub
 from tests import stand_ins
+from tests.stand_ins import BERT, OPT, saved
 
+pytestmark = pytest.mark.usefixtures("fresh")
 PYTHIA, WIKITEXT = "EleutherAI/pythia-70m", "Salesforce/wikitext"
 needs_minilm = pytest.mark.skipif(not hub.find_minilm(), reason=f"the packaged MiniLM is not here: {hub.GET_MINILM}")
 
@@ -24,18 +25,6 @@ needs_minilm = pytest.mark.skipif(not hub.find_minilm(), reason=f"the packaged M
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return stand_ins.build(tmp_path_factory.mktemp("home"), [PYTHIA, WIKITEXT, "openai-community/gpt2"])
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """A process that has not asked for the Hub yet."""
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub._why_offline.cache_clear()
-    yield
-    hub._why_offline.cache_clear()
 
 
 @pytest.fixture
@@ -207,12 +196,6 @@ def test_quiet_is_over_when_it_ends_also_by_an_exception():
 
 # --- pickled weights
 
-BERT = transformers.BertConfig(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=80
-)
-OPT = transformers.OPTConfig(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, vocab_size=80, word_embed_proj_dim=32
-)
 #: what a checkpoint holds, and with which head it is read
 HELD = {
     "BERT": (transformers.BertForMaskedLM, BERT, "mlm"),
@@ -221,28 +204,6 @@ HELD = {
     "OPT": (transformers.OPTForCausalLM, OPT, "lm"),
     "OPT's blocks alone": (transformers.OPTModel, OPT, "lm"),
 }
-
-
-def saved(folder, build, config, form="safetensors"):
-    """A random checkpoint, in one file or `sharded`, as safetensors, `bin` or `old` (bin of before torch 1.6)."""
-    torch.manual_seed(0)
-    model = build(config).half()  # as OPT's are
-    form, _, sharded = form.partition(" ")
-    model.save_pretrained(folder, max_shard_size="20kB" if sharded else "1GB")
-    if form == "safetensors":
-        return folder
-    state, old = model.state_dict(), {"_use_new_zipfile_serialization": form != "old"}  # both names of what is tied
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
-    if not sharded:
-        torch.save(state, folder / "pytorch_model.bin", **old)
-        return folder
-    (folder / "model.safetensors.index.json").unlink()
-    names = {key: f"pytorch_model-{place % 3 + 1:05d}-of-00003.bin" for place, key in enumerate(state)}
-    for name in set(names.values()):
-        torch.save({key: value for key, value in state.items() if names[key] == name}, folder / name, **old)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    return folder
 
 
 @pytest.fixture
@@ -313,7 +274,10 @@ class Writes:
 
 @pytest.mark.parametrize("form", ["bin", "old", "a bare pickle", "a shard"])
 def test_a_pickle_that_would_do_something_is_refused_and_does_nothing(form, empty):
-    proof, made = empty / "written", saved(empty / "made", transformers.OPTModel, OPT, "bin sharded")
+    proof, made = (
+        empty / "written",
+        saved(empty / "made", transformers.OPTModel, OPT, "bin sharded"),
+    )
     path = made / ("pytorch_model-00003-of-00003.bin" if form == "a shard" else "pytorch_model.bin")
     content = {"lm_head.weight": torch.zeros(2), "more": Writes(proof)}
     if form == "a bare pickle":
@@ -357,88 +321,6 @@ def test_a_large_file_that_is_not_what_was_announced_is_refused(empty):
         path.resolve().write_bytes(content)
         text = one_line(hub.model, name)
         assert f"{path} is not what it should be: sha256" in text and "it is fetched again" in text
-
-
-# --- a Hub that answers
-
-
-@pytest.fixture
-def server(home, tmp_path, monkeypatch):
-    """A Hub of one model, with or without `weights`, and an empty cache; `wrong`: (status, code) of every answer."""
-    (source,) = (home / "hub" / "models--openai-community--gpt2" / "snapshots").iterdir()
-
-    class Handler(BaseHTTPRequestHandler):
-        wrong, weights = None, True
-
-        def do_GET(self):
-            path = urlsplit(self.path).path
-            headers, body, status = {"X-Repo-Commit": source.name}, b"", 200
-            if self.wrong:
-                status, code = self.wrong
-                headers |= {"X-Error-Code": code} if code else {}
-            elif "/tree/" in path:
-                files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name} for p in listed()]
-                body = json.dumps(files).encode()
-            elif path.startswith("/api/"):
-                body = json.dumps({"id": "openai-community/gpt2", "sha": source.name, "siblings": []}).encode()
-            else:
-                body = (source / path.rpartition("/")[2]).read_bytes()
-                headers["ETag"] = f'"{path.rpartition("/")[2]}"'
-            self.send_response(status)
-            for name, value in (headers | {"Content-Length": str(len(body))}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    def listed():
-        return [path for path in source.iterdir() if Handler.weights or path.suffix != ".safetensors"]
-
-    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True).start()
-    endpoint = f"http://127.0.0.1:{served.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    Handler.commit = source.name
-    yield Handler
-    served.shutdown()
-    served.server_close()
-
-
-def test_what_the_hub_has_is_fetched_into_its_cache(server, tmp_path):
-    tokenizer = hub.tokenizer("openai-community/gpt2")
-    assert tokenizer("a").input_ids
-    assert not list((tmp_path / "hub").rglob("*.safetensors"))  # nor is anything else that is not needed
-    assert hub.model("openai-community/gpt2").config.commit == server.commit
-
-
-def test_a_repository_without_safetensors_is_told_apart(server):
-    server.weights = False
-    assert "has no weights as safetensors or pytorch_model.bin" in one_line(hub.model, "openai-community/gpt2")
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "message"),
-    [
-        (404, "RepoNotFound", "the Hub has no such model"),
-        (404, "RevisionNotFound", "no revision 'step3'"),
-        (403, "GatedRepo", "is gated"),
-        (500, None, "the Hub does not answer as it should"),
-    ],
-    ids=str,
-)
-def test_what_the_hub_refuses_is_told_apart(server, status, code, message):
-    server.wrong = (status, code)
-    text = one_line(hub.model, "openai-community/gpt2", "step3")
-    assert message in text and "openai-community/gpt2" in text
 
 
 # --- MiniLM and its stand-in
