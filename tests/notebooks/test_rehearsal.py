@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from ofutils import params, probes, sweep, train
+from ofutils import hub, params, preflight, probes, sweep, train
 from ofutils.records import differing
 from ofutils.transformer import Transformer, clm_loss
 from tests import stand_ins
@@ -130,6 +130,13 @@ def corpus(tmp_path):
 
 def test_every_notebook_is_rehearsed():
     assert set(NOTEBOOKS) <= set(ENTRIES)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_preflight_asks_for_what_the_notebook_loads(name):
+    wanted = {one for one, _, _ in preflight.wanted("paper", name)}
+    left_out = {"openai-community/gpt2", hub.MINILM}  # one is not here on purpose, one is packaged
+    assert wanted - left_out == {*ENTRIES[name][0]} - left_out
 
 
 @pytest.fixture
