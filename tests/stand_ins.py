@@ -50,13 +50,16 @@ def _pythia(width: int, heads: int) -> Model:
 
 
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_TINY_BERT = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
 _MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 
 MODELS = {
+    "EleutherAI/pythia-14m": _pythia(128, 4),
     "EleutherAI/pythia-70m": _pythia(512, 8),
     "EleutherAI/pythia-160m": _pythia(768, 12),
     "EleutherAI/pythia-410m": _pythia(1024, 16),
     "google-bert/bert-base-uncased": Model("BertForMaskedLM", {}, "bert"),
+    "google/bert_uncased_L-2_H-128_A-2": Model("BertForPreTraining", _TINY_BERT, "bert"),
     "FacebookAI/roberta-base": Model("RobertaForMaskedLM", _ROBERTA, "roberta"),
     "facebook/opt-125m": Model("OPTForCausalLM", {}, "opt", torch.float16, "bin"),
     "openai-community/gpt2": Model("GPT2LMHeadModel", {}, "gpt2"),
@@ -171,7 +174,9 @@ def _build_model(folder: Path, model: Model) -> None:
             path = folder / "weights"
             _write_weights(path, empty, model.dtype, seed)
             if model.form == "bin":
-                torch.save(load_file(path), path)
+                torch.save(load_file(path), folder / "pickled")
+                path.unlink()
+                path = folder / "pickled"
             weights[seed] = _blob(folder, path, f"{model.config} {seed}")
         name = "pytorch_model.bin" if model.form == "bin" else "model.safetensors"
         _snapshot(folder, revision, files | {name: weights[seed]})
