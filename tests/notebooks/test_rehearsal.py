@@ -7,6 +7,7 @@ stand-in records; the notebook's own code is the real one. Beside it, one step o
 import dataclasses
 import math
 import random
+import re
 from pathlib import Path
 
 import papermill
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from ofutils import params, probes, sweep, train
+from ofutils import hub, params, preflight, probes, sweep, train
 from ofutils.records import differing
 from ofutils.transformer import Transformer, clm_loss
 from tests import stand_ins
@@ -132,18 +133,30 @@ def test_every_notebook_is_rehearsed():
     assert set(NOTEBOOKS) <= set(ENTRIES)
 
 
+@pytest.mark.parametrize("name", ENTRIES)
+def test_preflight_asks_for_what_the_notebook_loads(name):
+    wanted = {one for one, _, _ in preflight.wanted("paper", name)}
+    left_out = {"openai-community/gpt2", hub.MINILM}  # one is not here on purpose, one is packaged
+    assert wanted - left_out == {*ENTRIES[name][0]} - left_out
+
+
 @pytest.fixture
 def offline(request, home, corpus, tmp_path, monkeypatch):
     """What the notebook of this test finds: stand-ins in the cache, records, no Hub."""
     given = request.node.callspec.params
     names, _, write = ENTRIES[given["name"]]
     names = (*names, given["model"]) if given["model"] else names
-    monkeypatch.setenv("OFUTILS_OUT", str(tmp_path / "out"))
+    find_only(names, home, tmp_path, monkeypatch)
     write(corpus)
-    monkeypatch.setenv("HF_HOME", str(stand_ins.build(home, names)))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if given["name"] == "04_token_frequency":
         monkeypatch.setenv("PYTHONPATH", str(write_spacy(tmp_path / "packages")))
+
+
+def find_only(names, home, tmp_path, monkeypatch):
+    """What notebooks find: stand-ins of these names, no Hub, an output folder of their own."""
+    monkeypatch.setenv("OFUTILS_OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("HF_HOME", str(stand_ins.build(home, names)))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for elsewhere in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_ENDPOINT"):
         monkeypatch.delenv(elsewhere, raising=False)
 
@@ -162,6 +175,38 @@ def test_the_notebook_runs_at_scale_paper(name, model, offline, corpus, tmp_path
         assert (tmp_path / "out" / "figures" / name / "parts_of_speech.csv").is_file()
     own = tmp_path / "out" / "figures" / name / model.replace("/", "--")
     assert list(own.glob("*.png")), "a model by parameter has a folder of its own"
+
+
+# --- the first run with the Hub
+
+COMMANDS = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+# notebook -> the parameters that `make first-run` gives it
+FIRST = {
+    name: dict(re.findall(r"-p (\w+) (\S+)", given))
+    for name, given in re.findall(r"notebooks/(\w+)\.ipynb out/first-run/\S+(.*)", COMMANDS)
+}
+# notebook -> parameters that make it shorter still
+SHORT = {
+    "01_pythia_kurtosis": {"steps": 1},
+    "02_bert_outliers": {"scale": "tiny", "draws": 1, "sentences": 16, "single": 1, "top": 1, "seeds": 1, "rows": 16},
+    "03_quant": {"sentences": 3},
+}
+READ = {  # notebook -> what it prints of its model
+    "01_pythia_kurtosis": "1 of 1 models, 6 measurements",
+    "02_bert_outliers": "google/bert_uncased_L-2_H-128_A-2: 2 layers, width 128",
+    "03_quant": "facebook/opt-125m, revision main: no safetensors, so the tensors of pytorch_model.bin are taken",
+}
+
+
+@pytest.mark.parametrize("name", ["01_pythia_kurtosis", "02_bert_outliers", "03_quant"])
+def test_the_first_run_runs(name, home, tmp_path, monkeypatch):
+    given, result = FIRST[name], tmp_path / "out.ipynb"
+    names = {one for one, _, _ in preflight.wanted(given["scale"], name, given["model"])}
+    find_only(names, home, tmp_path, monkeypatch)
+    path, parameters = ROOT / "notebooks" / f"{name}.ipynb", given | SHORT[name]
+    papermill.execute_notebook(path, result, parameters, progress_bar=False, cwd=ROOT)
+    assert f"scale {parameters['scale']} (asked for)" in result.read_text() and READ[name] in result.read_text()
+    assert list((tmp_path / "out" / "figures" / name / given["model"].replace("/", "--")).glob("*.png"))
 
 
 # --- what 03_quant trains at this scale

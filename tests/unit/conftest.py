@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
+from ofutils import hub
 from ofutils.train import TrainConfig
+from tests import loopback
 from tests.configurations import SMALL
 
 DATA = Path(__file__).parents[1] / "data"
@@ -54,3 +57,26 @@ def config(corpus):
     return TrainConfig(
         model=SMALL, corpus=str(corpus), batch=4, steps=20, warmup=4, lr=1e-2, measure_every=5, eval_batches=2
     )
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """A process that has not asked for the Hub yet."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub._why_offline.cache_clear()
+    yield
+    hub._why_offline.cache_clear()
+
+
+@pytest.fixture
+def served(fresh, tmp_path, monkeypatch):
+    """A Hub that answers, with nothing in it, and an empty cache in `tmp_path`."""
+    with loopback.serve() as found:
+        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+        address = found.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        yield found

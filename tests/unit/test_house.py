@@ -73,7 +73,7 @@ def test_no_study_imports_another_and_each_belongs_to_a_notebook():
 
 
 def test_the_core_and_the_studies_stay_small():
-    assert sum(map(lines, ROOMS)) <= 3500
+    assert sum(map(lines, ROOMS)) <= 3550
     for study, paths in STUDIES.items():
         assert sum(map(lines, paths)) <= 450, study
 
@@ -113,7 +113,7 @@ def test_the_readmes_python_runs(capsys):
 
 def test_the_readmes_commands_and_links_exist():
     text = (ROOT / "README.md").read_text()
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     assert {command.split()[1] for command in commands if command.startswith("make")} <= set(targets)
     assert 'pip install -e ".[dev]" -c constraints.txt' in commands

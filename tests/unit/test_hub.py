@@ -1,20 +1,23 @@
-"""Checkpoints by name: offline, in the cache, packaged, made up, and a Hub (of this test) that answers."""
+"""Checkpoints by name: offline, in the cache, as safetensors and pickled, packaged, made up."""
 
 import json
+import pickle
 import socket
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import constants
 
 from ofutils import UserError, data, hub
 from tests import stand_ins
+from tests.stand_ins import BERT, OPT, saved
 
+pytestmark = pytest.mark.usefixtures("fresh")
 PYTHIA, WIKITEXT = "EleutherAI/pythia-70m", "Salesforce/wikitext"
 needs_minilm = pytest.mark.skipif(not hub.find_minilm(), reason=f"the packaged MiniLM is not here: {hub.GET_MINILM}")
 
@@ -22,18 +25,6 @@ needs_minilm = pytest.mark.skipif(not hub.find_minilm(), reason=f"the packaged M
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return stand_ins.build(tmp_path_factory.mktemp("home"), [PYTHIA, WIKITEXT, "openai-community/gpt2"])
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """A process that has not asked for the Hub yet."""
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub._why_offline.cache_clear()
-    yield
-    hub._why_offline.cache_clear()
 
 
 @pytest.fixture
@@ -167,11 +158,6 @@ def test_a_corrupt_file_is_named_with_the_folder_to_delete(copied, file):
     assert f"is not readable or not complete in {copied}; delete" in one_line(hub.model, "openai-community/gpt2")
 
 
-def test_a_repository_with_pickled_weights_is_refused(copied):
-    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
-    assert "no weights as safetensors" in one_line(hub.model, "openai-community/gpt2")
-
-
 def test_a_cached_tokenizer_alone_is_no_model(copied):
     (copied / "model.safetensors").unlink()
     assert "not complete in the cache" in one_line(hub.model, "openai-community/gpt2")
@@ -208,86 +194,133 @@ def test_quiet_is_over_when_it_ends_also_by_an_exception():
     assert before == (logging.get_verbosity(), logging.is_progress_bar_enabled()) != (logging.ERROR, False)
 
 
-# --- a Hub that answers
+# --- pickled weights
+
+#: what a checkpoint holds, and with which head it is read
+HELD = {
+    "BERT": (transformers.BertForMaskedLM, BERT, "mlm"),
+    "BERT as pre-trained": (transformers.BertForPreTraining, BERT, "mlm"),
+    "BERT without its head": (transformers.BertForPreTraining, BERT, None),
+    "OPT": (transformers.OPTForCausalLM, OPT, "lm"),
+    "OPT's blocks alone": (transformers.OPTModel, OPT, "lm"),
+}
 
 
 @pytest.fixture
-def server(home, tmp_path, monkeypatch):
-    """A Hub of one model, with or without `weights`, and an empty cache; `wrong`: (status, code) of every answer."""
-    (source,) = (home / "hub" / "models--openai-community--gpt2" / "snapshots").iterdir()
-
-    class Handler(BaseHTTPRequestHandler):
-        wrong, weights = None, True
-
-        def do_GET(self):
-            path = urlsplit(self.path).path
-            headers, body, status = {"X-Repo-Commit": source.name}, b"", 200
-            if self.wrong:
-                status, code = self.wrong
-                headers |= {"X-Error-Code": code} if code else {}
-            elif "/tree/" in path:
-                files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name} for p in listed()]
-                body = json.dumps(files).encode()
-            elif path.startswith("/api/"):
-                body = json.dumps({"id": "openai-community/gpt2", "sha": source.name, "siblings": []}).encode()
-            else:
-                body = (source / path.rpartition("/")[2]).read_bytes()
-                headers["ETag"] = f'"{path.rpartition("/")[2]}"'
-            self.send_response(status)
-            for name, value in (headers | {"Content-Length": str(len(body))}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    def listed():
-        return [path for path in source.iterdir() if Handler.weights or path.suffix != ".safetensors"]
-
-    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True).start()
-    endpoint = f"http://127.0.0.1:{served.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
+def empty(tmp_path, calls, monkeypatch):
+    """An empty cache, with no Hub behind it; returns what is around it."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    Handler.commit = source.name
-    yield Handler
-    served.shutdown()
-    served.server_close()
+    return tmp_path
 
 
-def test_what_the_hub_has_is_fetched_into_its_cache(server, tmp_path):
-    tokenizer = hub.tokenizer("openai-community/gpt2")
-    assert tokenizer("a").input_ids
-    assert not list((tmp_path / "hub").rglob("*.safetensors"))  # nor is anything else that is not needed
-    assert hub.model("openai-community/gpt2").config.commit == server.commit
+@pytest.mark.parametrize("form", ["bin", "old", "bin sharded", "old sharded"])
+@pytest.mark.parametrize("held", HELD)
+def test_pickled_weights_are_the_same_model_as_safetensors(held, form, empty, capsys):
+    build, config, head = HELD[held]
+    for name, one in (("its/safetensors", "safetensors"), ("its/pickle", form)):
+        stand_ins.keep(empty, name, saved(empty / "made", build, config, one))
+    safe, pickled = hub.model("its/safetensors", head=head), hub.model("its/pickle", head=head)
+    said = [line for line in capsys.readouterr().out.splitlines() if "pytorch_model.bin" in line]
+    assert said == ["its/pickle, revision main: no safetensors, so the tensors of pytorch_model.bin are taken"]
+    ids = torch.arange(1, 9, device=safe.device)[None]
+    assert torch.equal(safe(ids)[0], pickled(ids)[0])
+    assert pickled.dtype == torch.float32 and type(pickled) is type(safe) and pickled.config.commit
+    assert [*pickled.state_dict()] == [*safe.state_dict()]
+    if head:
+        assert pickled.get_output_embeddings().weight is pickled.get_input_embeddings().weight
+    eager = hub.model("its/pickle", head=head, attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager" and torch.allclose(eager(ids)[0], safe(ids)[0], atol=1e-5)
 
 
-def test_a_repository_without_safetensors_is_told_apart(server):
-    server.weights = False
-    assert "has no weights as safetensors" in one_line(hub.model, "openai-community/gpt2")
+def rewritten(folder, change):
+    """The pickled weights of a folder, after a change of their names."""
+    path = folder / "pytorch_model.bin"
+    torch.save(change(torch.load(path, weights_only=True)), path)
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "message"),
-    [
-        (404, "RepoNotFound", "the Hub has no such model"),
-        (404, "RevisionNotFound", "no revision 'step3'"),
-        (403, "GatedRepo", "is gated"),
-        (500, None, "the Hub does not answer as it should"),
-    ],
-    ids=str,
-)
-def test_what_the_hub_refuses_is_told_apart(server, status, code, message):
-    server.wrong = (status, code)
-    text = one_line(hub.model, "openai-community/gpt2", "step3")
-    assert message in text and "openai-community/gpt2" in text
+def test_names_of_old_pickles_are_understood_and_what_is_missing_is_refused(empty):
+    def old(state):
+        named = {key.replace("LayerNorm.weight", "LayerNorm.gamma"): value for key, value in state.items()}
+        named = {key.replace("LayerNorm.bias", "LayerNorm.beta"): value for key, value in named.items()}
+        return {key.removeprefix("bert."): value for key, value in named.items() if "pooler" not in key}
+
+    def without_head(state):
+        return {key: value for key, value in state.items() if not key.startswith("cls")}
+
+    def half(state):
+        return {key: value for key, value in state.items() if "layer.1" not in key}
+
+    for name, change in (("new", dict), ("old", old), ("headless", without_head), ("half", half)):
+        made = saved(empty / name, transformers.BertForPreTraining, BERT, "bin")
+        stand_ins.keep(empty, f"its/{name}", rewritten(made, change))
+    ids = torch.arange(1, 9)[None]
+    new, old = hub.model("its/new"), hub.model("its/old")
+    assert torch.equal(new(ids.to(new.device))[0], old(ids.to(old.device))[0])
+    assert new.pooler is not None and old.pooler is None
+    assert "has no head 'mlm'" in one_line(hub.model, "its/headless", head="mlm")
+    assert "the checkpoint is not complete" in one_line(hub.model, "its/half")
+
+
+class Writes:
+    """An object whose pickle writes a file when it is read by the means of Python."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("form", ["bin", "old", "a bare pickle", "a shard"])
+def test_a_pickle_that_would_do_something_is_refused_and_does_nothing(form, empty):
+    proof, made = (
+        empty / "written",
+        saved(empty / "made", transformers.OPTModel, OPT, "bin sharded"),
+    )
+    path = made / ("pytorch_model-00003-of-00003.bin" if form == "a shard" else "pytorch_model.bin")
+    content = {"lm_head.weight": torch.zeros(2), "more": Writes(proof)}
+    if form == "a bare pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form != "old")
+    stand_ins.keep(empty, "its/pickle", made)
+    assert f"{path.name} is damaged or holds more than tensors" in one_line(hub.model, "its/pickle", head="lm")
+    assert not proof.exists()
+    pickle.loads(pickle.dumps(content))
+    assert proof.exists()  # it would have
+
+
+def test_a_pickle_of_something_else_or_half_of_one_is_refused(empty):
+    made = saved(empty / "made", transformers.OPTModel, OPT, "bin")
+    whole = (made / "pytorch_model.bin").read_bytes()
+    snapshot = stand_ins.keep(empty, "its/pickle", made)
+    (snapshot / "pytorch_model.bin").unlink()
+    for content in ({"state": {"a": torch.zeros(2)}, "epoch": 3}, [torch.zeros(2)], torch.zeros(2)):
+        torch.save(content, snapshot / "pytorch_model.bin")
+        assert "holds more than tensors" in one_line(hub.model, "its/pickle")
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        (snapshot / "pytorch_model.bin").write_bytes(whole[:size])
+        text = one_line(hub.model, "its/pickle")
+        assert "is damaged or holds more" in text or f"is not readable or not complete in {snapshot}" in text
+
+
+def test_safetensors_are_taken_where_both_are_there(empty, capsys):
+    made = saved(empty / "made", transformers.OPTModel, OPT)
+    (made / "pytorch_model.bin").write_bytes(b"never read")
+    stand_ins.keep(empty, "its/both", made)
+    assert hub.model("its/both") is not None and "pytorch_model" not in capsys.readouterr().out
+
+
+def test_a_large_file_that_is_not_what_was_announced_is_refused(empty):
+    for name, form in (("its/safe", "safetensors"), ("its/pickle", "bin")):
+        snapshot = stand_ins.keep(empty, name, saved(empty / "made", transformers.OPTModel, OPT, form))
+        (path,) = (*snapshot.glob("*.safetensors"), *snapshot.glob("*.bin"))
+        content = bytearray(path.read_bytes())
+        content[-300] ^= 1  # a bit of a number: it would load
+        path.resolve().write_bytes(content)
+        text = one_line(hub.model, name)
+        assert f"{path} is not what it should be: sha256" in text and "it is fetched again" in text
 
 
 # --- MiniLM and its stand-in

@@ -245,6 +245,14 @@ def test_the_recipe_of_published_checkpoints_takes_steps_and_text():
     assert all(job.config.steps == (0, 1, 2, 4) and job.evaluation.text == "held_out.txt" for job in recipe.jobs)
 
 
+def test_the_recipe_of_published_checkpoints_takes_another_model():
+    (job,) = sweep.read_recipe("01_pythia_kurtosis", "paper", model="EleutherAI/pythia-14m").jobs
+    assert (job.method, job.config.name, len(job.checkpoints)) == ("14m", "EleutherAI/pythia-14m", 20)
+    for name, scale in (("01_pythia_kurtosis", "small"), ("03_quant", "tiny")):
+        with pytest.raises(UserError, match=f"{name} at scale {scale} trains its own models; .* needs scale paper"):
+            sweep.read_recipe(name, scale, model="EleutherAI/pythia-14m")
+
+
 @pytest.mark.parametrize("scale", ["tiny", "small", "gpu"])
 def test_a_scale_can_have_sizes_of_its_own(scale):
     recipe = sweep.read_recipe("01_pythia_kurtosis", scale)

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ofutils import UserError, data, hub, params
+from ofutils import UserError, data, hub, params, sources
 from ofutils.sentences import documented, first_sentence
 
 #: Where GLUE lies on the Hub.
-GLUE = "nyu-mll/glue"
+GLUE = sources.read("02_bert_outliers", "paper").texts[0][0]
 _SENTENCES = ("sentence1", "sentence2")
 _ENDINGS = (".parquet", ".tsv", ".csv")
 _HELD_OUT, _MOST = 250, 1200  # functions in `docstrings`: for validation, and for training at most
