@@ -3,8 +3,8 @@
     python benchmarks/step.py          a table of ratios within this one run; on a GPU also goals met or missed
 
 On a CPU 6.9 M parameters on 16 x 128 tokens in float32, on a GPU 110 M on 128 x 512 in bf16. Each line changes one
-thing of the first. SOAP's share counts its steps, refreshes included, against forward and backward of 4096 x 128
-tokens; measuring counts the loss and the metrics of every block on two batches against a hundred steps; model FLOPs
+thing of the first. SOAP's share counts its steps, refreshes included, against compiled steps of 4096 x 128 tokens;
+measuring counts the loss and the metrics of every block on two batches against a hundred compiled steps; model FLOPs
 are 6 per token and parameter of a matrix, and 12 L D T for attention.
 """
 
@@ -78,8 +78,8 @@ def main() -> None:
         )
         flops = (6 * matrices + 12 * shape.layers * shape.width * shape.context) * drawn
         ratios = {
-            "SOAP's share": (found["SOAP"] - found["as it is"]) * drawn / TOKENS,
-            "measuring every 100 steps": found["measuring"] * EACH / 100,
+            "SOAP's share": (found["SOAP"] - found["as it is"]) / found["compiled"] * drawn / TOKENS,
+            "measuring every 100 steps": found["measuring"] / found["compiled"] * EACH / 100,
             "model FLOPs utilisation": flops / seconds / PEAK,
         }
         print(f"{torch.cuda.get_device_name()}: {drawn / seconds:,.0f} tokens a second, compiled")
