@@ -24,6 +24,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     1      sources      what each notebook loads from the Hub, by scale
     1      hub          checkpoints and data by name and revision, the packaged MiniLM, a stand-in
     1      batches      batches by number, cut from one long row of ids
+    1      backcopy     a task whose best predictor needs heads that do nothing
     2      data         corpora and their tokenizer
     2      frequency    how often each token occurs: shipped counts, a text's own
     2      probes       `hooked`, `capture`, `edit`, `measure` at named sites
@@ -38,6 +39,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     4      sweep        many runs: here or in local processes; the notebooks' recipes
     4      preflight    whether all that is there, asked without downloading it
     4      report       the scoreboard: claims, what was measured, verdicts
+    5      laboratory   the recorded runs on `backcopy`, as tables
     5      campaign     all runs of a scale within a time limit, in one queue
 
 The recipes (which runs a notebook needs at each scale) are `recipes/*.yaml`, the papers' numbers

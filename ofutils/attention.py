@@ -21,6 +21,7 @@ class AttentionConfig:
     gamma: Annotated[float, "at most 0"] = 0.0  # clipped softmax; 0 with zeta 1 is the plain one
     alpha: params.NotNegative = 0.0  # clipped softmax, by gamma = -alpha / context
     zeta: Annotated[float, "at least 1"] = 1.0  # clipped softmax
+    off_by_one: bool = False  # softmax with a one more in its denominator
     gate: Literal["none", "linear", "mlp", "all_heads"] = "none"
     gate_hidden: params.Count = 4  # width of the hidden layer of the mlp gate
     pi_init: Annotated[float, "above 0", "below 1"] = 0.5  # the gate's value at a zero input
@@ -28,11 +29,17 @@ class AttentionConfig:
 
     def __post_init__(self):
         params.require(not (self.alpha and self.gamma), "set gamma or alpha, not both")
+        params.require(not (self.clips and self.off_by_one), "the softmax is clipped or off by one, not both")
 
     @property
     def clips(self) -> bool:
         """Whether the softmax is clipped."""
         return self.alpha > 0 or self.gamma < 0 or self.zeta > 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether the softmax is the usual one."""
+        return not (self.clips or self.off_by_one)
 
 
 def clipped_softmax(scores: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
@@ -56,6 +63,17 @@ def clipped_softmax(scores: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
     if gamma == 0 and zeta == 1:
         return probs.to(scores.dtype)
     return ((zeta - gamma) * probs + gamma).clamp(0, 1).to(scores.dtype)
+
+
+def softmax_off_by_one(scores: Tensor) -> Tensor:
+    """exp(s_i) / (1 + sum of exp(s_j)): as if one more key had score 0 and nothing to say, so that a head can idle.
+
+    Args:
+        scores: (..., T, T), scaled and masked.
+
+    Source: Miller 2023, *Attention is off by one*; none of the three papers has it.
+    """
+    return F.softmax(F.pad(scores, (0, 1)), dim=-1)[..., :-1]
 
 
 class Gate(nn.Module):

@@ -6,6 +6,7 @@ validation; its sha256 names it in every record. The default is the Python stand
 
 import hashlib
 import os
+import re
 import site
 import sys
 import sysconfig
@@ -18,15 +19,16 @@ from typing import Literal
 
 import numpy as np
 
-from ofutils import NUMERICS, UserError, params
+from ofutils import NUMERICS, UserError, backcopy, params
 from ofutils.records import write_atomically
 
-BUILT_IN = ("stdlib", "site-packages")
+BUILT_IN = ("stdlib", "site-packages", "backcopy")
 _ENDINGS = "txt md rst py tex html json csv c h js java go"
 TEXT_SUFFIXES = {f".{ending}" for ending in _ENDINGS.split()}
 _VALIDATION_SHARE = 20  # one document in 20
 _END = "<|endoftext|>"
 _BPE_CHARACTERS = 1 << 30  # of the training split, from which the tokenizer learns
+_BACKCOPY = {"train": 1 << 24, "validation": 1 << 18}  # ids of the task's splits
 _LOOK = 1 << 24  # ids of a split that are looked at when it is loaded
 
 
@@ -181,6 +183,46 @@ def load_corpus(source: str = "stdlib", characters: int = 0) -> Corpus:
 # --- tokens
 
 
+def tokens(source: str, characters: int, bpe: int, context: int) -> "Tokens":
+    """What a model of `bpe` ids reads of a corpus: see `load_corpus` and `tokenize`.
+
+    `backcopy`, and `backcopy-N` with N triggers in place of 3, is the task of that name on the text of `stdlib`: rows
+    of `context` ids, the same at every call, one after the other; `characters` caps the ids of each split.
+    """
+    if not is_backcopy(source):
+        return tokenize(load_corpus(source, characters), bpe)
+    folder = _folder(f"{fingerprint(source)[:16]}-{bpe}-{context}" + f"-{characters}" * (characters > 0))
+    for seed, (split, most) in enumerate(_BACKCOPY.items()):
+        if not (path := folder / f"{split}.npy").is_file():
+            count = min(most, characters or most) // context
+            rows = backcopy_chain(source, bpe).rows(count, context, seed)
+            write_atomically(path, lambda temporary, rows=rows: _save(temporary, iter([rows.ravel()]), rows.dtype))
+    return _loaded(folder, fingerprint(source), bpe)
+
+
+def is_backcopy(source: str) -> bool:
+    """Whether a corpus is the task `backcopy`."""
+    return re.fullmatch(r"backcopy(-\d+)?", source) is not None
+
+
+def backcopy_chain(source: str, vocab: int) -> backcopy.Chain:
+    """The chain behind `backcopy` or `backcopy-N` with so many ids, for its bound and its characters."""
+    return backcopy.chain(_counts(), vocab, int(source.partition("-")[2] or 3))
+
+
+@lru_cache(maxsize=1)
+def _counts() -> backcopy.Counts:
+    return backcopy.count(load_corpus().split("train"))
+
+
+@lru_cache(maxsize=8)
+def fingerprint(source: str, characters: int = 0) -> str:
+    """The sha256 that names a corpus in records."""
+    if not is_backcopy(source):
+        return load_corpus(source, characters).sha256
+    return hashlib.sha256(f"{source} of {load_corpus().sha256}".encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A tokenized corpus: one long row of ids per split, documents joined by an end-of-text token."""
@@ -209,7 +251,7 @@ def tokenize(corpus: Corpus, vocab: int) -> Tokens:
         vocab: number of ids, at least 257 (the bytes and the end-of-text token).
     """
     params.require(vocab >= 257, f"vocab must be at least 257 (256 bytes and {_END}), got {vocab}")
-    folder = params.out() / "runs" / "tokens" / f"{corpus.sha256[:16]}-{vocab}-{NUMERICS}"
+    folder = _folder(f"{corpus.sha256[:16]}-{vocab}")
     paths = {split: folder / f"{split}.npy" for split in ("train", "validation")}
     tokenizer_path = folder / "tokenizer.json"
     if not all(path.is_file() for path in (*paths.values(), tokenizer_path)):
@@ -217,14 +259,23 @@ def tokenize(corpus: Corpus, vocab: int) -> Tokens:
         write_atomically(tokenizer_path, lambda path: path.write_text(tokenizer.to_str()))
         for split, path in paths.items():
             texts = corpus.split(split)
-            write_atomically(path, lambda temporary, texts=texts: _encode(temporary, tokenizer, texts, vocab))
+            rows, dtype = _encoded(tokenizer, texts), np.dtype(np.uint16 if vocab <= 1 << 16 else np.int32)
+            write_atomically(path, lambda temporary, rows=rows, dtype=dtype: _save(temporary, rows, dtype))
+    return _loaded(folder, corpus.sha256, vocab)
+
+
+def _folder(name: str) -> Path:
+    return params.out() / "runs" / "tokens" / f"{name}-{NUMERICS}"
+
+
+def _loaded(folder: Path, sha256: str, vocab: int) -> Tokens:
     try:
-        loaded = {split: np.load(path, mmap_mode="r") for split, path in paths.items()}
+        loaded = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")}
     except (OSError, ValueError) as error:
         raise UserError(f"the tokens in {folder} are not readable; delete that folder") from error
     largest = max(int(ids[:_LOOK].max()) for ids in loaded.values())
     params.require(largest < vocab, f"{folder} holds other tokens; delete it")
-    return Tokens(corpus.sha256, vocab, **loaded, tokenizer_path=tokenizer_path)
+    return Tokens(sha256, vocab, **loaded, tokenizer_path=folder / "tokenizer.json")
 
 
 def _up_to(characters: int, texts: Iterable[str]) -> Iterator[str]:
@@ -247,16 +298,19 @@ def _train_bpe(texts: Iterable[str], vocab: int):
     return tokenizer
 
 
-def _encode(path: Path, tokenizer, texts: Iterator[str], vocab: int) -> None:
-    """Write the ids of all texts as one .npy array, of which a few documents are in memory at a time."""
-    dtype = np.dtype(np.uint16 if vocab <= 1 << 16 else np.int32)
-    end, count = tokenizer.token_to_id(_END), 0
-    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+def _encoded(tokenizer, texts: Iterator[str]) -> Iterator[list[int]]:
+    end = tokenizer.token_to_id(_END)
+    while some := list(islice(texts, 1024)):
+        yield from ([*row.ids, end] for row in tokenizer.encode_batch(some))
+
+
+def _save(path: Path, rows: Iterator, dtype: np.dtype) -> None:
+    """Write rows of ids one after the other as one .npy array, of which a few are in memory at a time."""
+    about, count = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}, 0
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, about | {"shape": (0,)})
-        while some := list(islice(texts, 1024)):
-            for row in tokenizer.encode_batch(some):
-                file.write(np.array([*row.ids, end], dtype).tobytes())
-                count += len(row.ids) + 1
+        for row in rows:
+            file.write(np.asarray(row, dtype).tobytes())
+            count += len(row)
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, about | {"shape": (count,)})  # as long as the first one

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ofutils.params import require, require_known
 
-OPTIMIZERS = ("adamw", "soap")
+OPTIMIZERS = ("adamw", "soap", "sgd")
 _STRIP = 256  # rows of a Gram that are computed together, from the diagonal on
 
 
@@ -35,14 +35,17 @@ def groups(model: nn.Module, weight_decay: float, decay_norm: bool = False) -> l
 
 
 def make(name: str, model: nn.Module, lr: float, betas, eps: float, weight_decay: float, decay_norm: bool = False):
-    """AdamW from torch, or SOAP, over the groups of `model`.
+    """AdamW or SGD from torch, or SOAP, over the groups of `model`.
 
+    SGD takes the first of the betas for its momentum, no second one, and adds the weight decay to the gradient.
     SOAP does not rotate the vocabulary side of the token embedding and of a head of its own, as he2024's does not.
     """
     require_known("optimizer", name, OPTIMIZERS)
     parts = groups(model, weight_decay, decay_norm)
     if name == "adamw":
         return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=eps, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(parts, lr=lr, momentum=betas[0], fused=True)
     table, head = model.token_embedding.weight, getattr(getattr(model, "head", None), "weight", None)
     tables = [table] if head is None else [table, head]
     rest = [parameter for parameter in parts[0]["params"] if not any(parameter is one for one in tables)]

@@ -246,7 +246,10 @@ class AttentionStatistics:
         params.require(fits, f"a mask of shape {getattr(mask, 'shape', None)} does not fit the probabilities")
         real = torch.ones_like(entropy[:, 0], dtype=torch.bool) if mask is None else mask.bool().to(probs.device)
         entropy = entropy.masked_fill(~real[:, None], 0).sum((0, 2))
-        self._sum({"rows": torch.tensor(len(probs)), "queries": real.sum(), "entropy": entropy})
+        late = real[:, real.shape[1] // 2 :]  # the second half of a row
+        first = probs[:, :, real.shape[1] // 2 :, 0].double().masked_fill(~late[:, None], 0).sum((0, 2))
+        parts = {"queries": real.sum(), "entropy": entropy, "late_queries": late.sum(), "first": first}
+        self._sum({"rows": torch.tensor(len(probs)), **parts})
 
     def _sum(self, parts: dict[str, Tensor]) -> None:
         self.sums = self.sums | {name: self.sums.get(name, 0) + part for name, part in parts.items()}
@@ -267,9 +270,14 @@ class AttentionStatistics:
         """(H,) float64: the mean entropy of each head's queries, nats."""
         return self.sums["entropy"] / self.sums["queries"]
 
+    @property
+    def head_sink(self) -> Tensor:
+        """(H,) float64: each head's mean attention to the first token, of queries in the second half of a row."""
+        return self.sums["first"] / self.sums["late_queries"]
+
     def summary(self) -> dict[str, float]:
-        """`attention_entropy`: the mean over heads and queries."""
-        return {"attention_entropy": float(self.head_entropy.mean())}
+        """`attention_entropy`, the mean over heads and queries; `sink`, the mean of `head_sink` over heads."""
+        return {"attention_entropy": float(self.head_entropy.mean()), "sink": float(self.head_sink.mean())}
 
 
 def _spread(mask: Tensor, x: Tensor) -> Tensor:

@@ -318,13 +318,14 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
     own = [method for method in methods if method not in follows]
     tried = chosen.get("grid", [])
     of = tried if isinstance(tried, dict) else dict.fromkeys(own, tried)
-    grid = [job(m, 0, lr=lr, measure_every=base["steps"]) for m in own for lr in of[m]]
+    grid = [job(m, 0, lr=lr, measure_every=base["steps"]) for m in own for lr in of.get(m, [])]
     plain = replace(evaluation, sites=(), over_training=False)
     grid = tuple(replace(one, settings=(), evaluation=plain) for one in grid)
     rates, unsettled = chosen.get("lr", {}), ()
     if rates == "rule":
         rates = largest_good_rates(grid)
-        unsettled = tuple(m for m in methods if follows.get(m, [m])[0] not in rates)
+        waiting = {one.method for one in grid} - rates.keys()
+        unsettled = tuple(m for m in methods if follows.get(m, [m])[0] in waiting)
         rates |= {m: rates[other] * factor for m, (other, factor) in follows.items() if other in rates}
     start, count = chosen.get("first_seed", 1), seeds or chosen["seeds"]
     rates = {method: {"lr": lr} for method, lr in rates.items()}

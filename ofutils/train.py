@@ -47,7 +47,7 @@ class TrainConfig:
     model: TransformerConfig = field(default_factory=TransformerConfig)
     objective: Literal["clm"] = "clm"  # causal language modelling
     start: str = ""  # name of the loaded model that training starts from; empty: a fresh one
-    corpus: str = "stdlib"  # see data.load_corpus
+    corpus: str = "stdlib"  # see data.tokens
     characters: params.Natural = 0  # cap on the text of each split; 0: all of it
     variant: Literal[variants.VARIANTS] = "natural"  # of the text
     bpe: params.Natural = 0  # ids of the tokenizer; 0: as many as the model has
@@ -168,7 +168,7 @@ def checkpoints(
 
 def load_tokens(config: TrainConfig) -> data.Tokens:
     """The tokenized corpus of a run."""
-    tokens = data.tokenize(data.load_corpus(config.corpus, config.characters), config.bpe or config.model.vocab)
+    tokens = data.tokens(config.corpus, config.characters, config.bpe or config.model.vocab, config.model.context)
     return variants.transformed(tokens, config.variant, config.model.vocab, config.model.context)
 
 
@@ -178,7 +178,7 @@ def find(config: TrainConfig) -> Run | None:
     if record is None:
         return None
     try:
-        here = data.load_corpus(config.corpus, config.characters).sha256
+        here = data.fingerprint(config.corpus, config.characters)
     except UserError:
         here = None  # the record speaks for itself
     warn_of_other_corpus(record, here)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ofutils import UserError, params
-from ofutils.attention import AttentionConfig, Gate, QKNorm, clipped_softmax, rotated
+from ofutils.attention import AttentionConfig, Gate, QKNorm, clipped_softmax, rotated, softmax_off_by_one
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
@@ -118,7 +118,8 @@ class Attention(nn.Module):
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         watched = self.scores._forward_hooks or self.probs._forward_hooks
         plain_causal = self.config.causal and visible is None
-        if not watched and not self.config.attention.clips:
+        own = self.config.attention
+        if not watched and own.plain:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=plain_causal)
         with torch.autocast(q.device.type, enabled=False):  # scores in float32, as in the fused path
             exact = torch.promote_types(q.dtype, torch.float32)
@@ -128,7 +129,9 @@ class Attention(nn.Module):
             visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()  # (T, T)
         if visible is not None:
             scores = scores + torch.zeros_like(visible, dtype=exact).masked_fill_(~visible, float("-inf"))
-        return self.probs(clipped_softmax(scores, self.config.clip_gamma, self.config.attention.zeta)).to(v.dtype) @ v
+        gamma = self.config.clip_gamma
+        probs = softmax_off_by_one(scores) if own.off_by_one else clipped_softmax(scores, gamma, own.zeta)
+        return self.probs(probs).to(v.dtype) @ v
 
 
 class Block(nn.Module):

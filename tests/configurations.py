@@ -19,6 +19,7 @@ ENCODER = TransformerConfig(  # like BERT, without a head
 METHODS = {
     "vanilla": {},
     "clipped": {"attention": {"alpha": 2.0}},
+    "off by one": {"attention": {"off_by_one": True}},
     "linear gate": {"attention": {"gate": "linear", "pi_init": 0.25}},
     "mlp gate": {"attention": {"gate": "mlp"}},
     "all heads gate": {"attention": {"gate": "all_heads"}},

@@ -230,6 +230,21 @@ def test_attention_entropy_of_uniform_and_of_one_hot_attention():
     assert statistics.head_entropy.tolist() == pytest.approx([1.3862943611] * 3)
 
 
+def test_the_sink_is_the_attention_to_the_first_token_of_late_queries():
+    uniform = torch.ones(2, 3, 8, 8).tril()
+    uniform /= uniform.sum(-1, keepdim=True)
+    statistics = AttentionStatistics()
+    statistics.add(uniform)
+    assert statistics.summary()["sink"] == pytest.approx((1 / 5 + 1 / 6 + 1 / 7 + 1 / 8) / 4)
+    sunk = torch.zeros(1, 3, 8, 8)
+    sunk[:, 0, :, 0] = sunk[:, 1:, :, 3] = 1  # of three heads one sinks
+    other = AttentionStatistics()
+    other.add(sunk, torch.tensor([[True] * 6 + [False] * 2]))
+    assert other.head_sink.tolist() == [1, 0, 0]
+    late = 2 * (1 / 5 + 1 / 6 + 1 / 7 + 1 / 8)
+    assert statistics.merge(other).head_sink.tolist() == pytest.approx([(late + 2) / 10, late / 10, late / 10])
+
+
 def test_anisotropy_of_equal_and_of_opposite_tokens():
     token = torch.tensor([1.0, 2.0, 3.0])
     assert metrics.anisotropy(torch.stack([token, 5 * token])) == pytest.approx(1)

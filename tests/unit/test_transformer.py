@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ofutils import UserError
-from ofutils.attention import AttentionConfig, Gate, QKNorm, clipped_softmax
+from ofutils.attention import AttentionConfig, Gate, QKNorm, clipped_softmax, softmax_off_by_one
 from ofutils.probes import capture, edit, measure, resolve
 from ofutils.transformer import Block, Transformer, TransformerConfig, clm_loss, rotated
 from tests.configurations import METHODS, SMALL
@@ -59,6 +59,17 @@ def test_clipped_softmax_has_exact_zeros_no_gradient_there_and_masked_entries_st
 
 def test_clipped_softmax_reaches_one_with_zeta():
     assert clipped_softmax(torch.tensor([[6.0, 0.0]]), 0.0, zeta=1.1)[0, 0] == 1
+
+
+def test_softmax_off_by_one_is_the_softmax_with_a_key_of_score_zero():
+    scores = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    scores[..., 3:] = float("-inf")
+    found = softmax_off_by_one(scores)
+    expected = scores.exp() / (1 + scores.exp().sum(-1, keepdim=True))
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    assert (found[..., 3:] == 0).all() and (found.sum(-1) < 1).all()
+    far = softmax_off_by_one(torch.full((2, 4), -50.0))
+    assert far.max() < 1e-20  # nobody is attended to
 
 
 @pytest.mark.parametrize(
@@ -266,7 +277,10 @@ def test_token_types_shift_the_embedding():
 def test_alpha_is_gamma_over_the_context_and_both_at_once_is_an_error():
     config = TransformerConfig(attention={"alpha": 4.0}, context=128)
     assert config.clip_gamma == -4 / 128 and config.attention.clips
-    assert not AttentionConfig().clips
+    assert not AttentionConfig().clips and AttentionConfig().plain
+    assert not config.attention.plain and not AttentionConfig(off_by_one=True).plain
+    with pytest.raises(UserError, match="clipped or off by one, not both"):
+        AttentionConfig(alpha=4.0, off_by_one=True)
     with pytest.raises(UserError, match="gamma or alpha"):
         AttentionConfig(alpha=4.0, gamma=-0.1)
 

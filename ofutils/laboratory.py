@@ -1,0 +1,121 @@
+"""The laboratory: the task `backcopy`, on which a CPU grows sinks and outliers in minutes, and its recorded runs.
+
+What holds in the laboratory is said of the laboratory. It stands beside what was seen on text, never in its place.
+"""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from ofutils import data, plots, reference, sweep
+
+#: The remedies, and how the ids of the papers' claims on them begin.
+REMEDIES = {
+    "clipped softmax": "bondarenko2023-lab-clipped",
+    "gated attention": "bondarenko2023-lab-gated",
+    "OP": "he2024-lab-op",
+    "vanilla + SOAP": "he2024-lab-soap",
+    "OP + SOAP": "he2024-lab-op-soap",
+}
+_QUANTITIES = {
+    "sink": ("sink", "attention to <s> (probs)"),
+    "kurtosis": ("excess", "neuron kurtosis - 1 (resid_post)"),
+    "norm": ("max inf norm", "max inf norm (resid_post)"),
+}
+
+
+def table(recipe: sweep.Recipe) -> pd.DataFrame:
+    """One row per recorded run of a recipe on `backcopy`, of those that did not diverge.
+
+    Returns:
+        Columns method; seed; `above bound`, loss less that of the true predictor, nats; `sink`, the attention to
+        `<s>` (site `probs`) in the block where it is largest; `kurtosis`, the neuron kurtosis (`resid_post`) in the
+        block where it is largest; likewise `max-median ratio`, `tensor kurtosis` and `max inf norm` of `resid_post`;
+        and for each setting of quantization its label, with what rounding adds to the loss.
+    """
+    found = [outcome for outcome in map(sweep.recall, recipe.jobs) if outcome and not outcome.error]
+    return pd.DataFrame(map(_row, found))
+
+
+def _row(outcome: sweep.Outcome) -> dict:
+    config, loss = outcome.job.config, outcome.measured["loss"]
+
+    def largest(site: str, metric: str) -> float:
+        sites = outcome.measured["sites"].items()
+        return max(values[metric] for name, values in sites if name.split(".")[-1] == site)
+
+    bound = data.backcopy_chain(config.corpus, config.model.vocab).bound(config.model.context)
+    row = {"method": outcome.job.method, "seed": config.seed, "above bound": loss - bound}
+    row |= {"sink": largest("probs", "sink"), "kurtosis": largest("resid_post", "neuron_kurtosis")}
+    row |= {"max-median ratio": largest("resid_post", "max_median_ratio")}
+    row |= {"tensor kurtosis": largest("resid_post", "tensor_kurtosis")}
+    row |= {"max inf norm": largest("resid_post", "inf_norm")}
+    return row | {label: rounded - loss for label, rounded in outcome.quantized.items()}
+
+
+def over_training(recipe: sweep.Recipe) -> pd.DataFrame:
+    """One row per measurement during those runs: method, seed, step, `sink` and `kurtosis` as in `table`."""
+    found = [outcome for outcome in map(sweep.recall, recipe.jobs) if outcome and not outcome.error]
+    rows = []
+    for outcome in found:
+        for entry in outcome.run.log:
+            sink = max(values["sink"] for values in entry["sites"].values() if "sink" in values)
+            kurtosis = max(
+                values["neuron_kurtosis"] for values in entry["sites"].values() if "neuron_kurtosis" in values
+            )
+            own = {"method": outcome.job.method, "seed": outcome.job.config.seed, "step": entry["step"]}
+            rows.append(own | {"sink": sink, "kurtosis": kurtosis})
+    return pd.DataFrame(rows)
+
+
+def against_vanilla(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series, bool]]:
+    """What each remedy does to vanilla's numbers, for `reference.compare`.
+
+    Args:
+        runs: from `table`, all methods with the same seeds.
+
+    Returns:
+        (id of the paper's claim or nothing, sentence, one value for each seed, whether they are ratios): by what it
+        divides sink, kurtosis - 1 and norm, and the share of the W8A8 cost that it saves.
+    """
+    wide = runs.assign(excess=runs["kurtosis"] - 1).pivot(index="seed", columns="method")
+    known, found = {claim.id for claim in reference.claims()}, []
+    for method, start in REMEDIES.items():
+        for short, (column, words) in _QUANTITIES.items():
+            id = f"{start}-{short}" if f"{start}-{short}" in known else ""
+            values = wide[column]["vanilla"] / wide[column][method]
+            found.append((id, f"laboratory: {method} divides vanilla's {words} by", values, True))
+        saved = 1 - wide["W8A8"][method] / wide["W8A8"]["vanilla"]
+        found.append(
+            (f"{start}-w8a8", f"laboratory: share of vanilla's W8A8 cost that {method} saves:", saved, False)
+        )
+    return found
+
+
+def figure(runs: pd.DataFrame, training: pd.DataFrame, scan: pd.DataFrame, title: str) -> Figure:
+    """Three panels: sinks against outliers, a dot a run; the way there, medians over seeds; what grows an outlier.
+
+    Args:
+        runs: from `table`, of methods that `plots.COLORS` knows.
+        training: from `over_training`, of the same.
+        scan: from `table`, one run a row, `method` says what was changed.
+        title: above all of it.
+    """
+    fig, axs = plt.subplots(1, 3, figsize=(14, 4.6), width_ratios=(1, 1, 0.9), layout="constrained")
+    runs, training, scan = (one.assign(excess=one["kurtosis"] - 1) for one in (runs, training, scan))
+    style = {"x": "sink", "y": "excess", "hue": "method", "palette": plots.COLORS}
+    sns.scatterplot(runs, ax=axs[0], s=55, **style)
+    way = training.groupby(["method", "step"], sort=False)[["sink", "excess"]].median().reset_index()
+    sns.lineplot(way, ax=axs[1], sort=False, estimator=None, marker=".", legend=False, **style)
+    for ax, said in zip(axs, ("a dot is a run", "over training, medians over seeds"), strict=False):
+        plots.log_scale(ax, "y")
+        ax.set(xlim=(0, 1), xlabel="attention to <s> (probs)", ylabel="neuron kurtosis - 1 (resid_post)", title=said)
+    scan = scan.sort_values("excess")
+    points = axs[2].scatter(scan["excess"], scan["method"], c=scan["sink"], cmap="viridis", vmin=0, vmax=1, s=45)
+    plots.log_scale(axs[2], "x")
+    axs[2].set(xlabel="neuron kurtosis - 1", title="vanilla: what was changed, one seed")
+    axs[2].tick_params(axis="y", labelsize=8)
+    fig.colorbar(points, ax=axs[2], label="attention to <s>")
+    fig.suptitle(title, x=0, ha="left")
+    return fig
