@@ -280,21 +280,27 @@ def recipes(scale: str) -> list[str]:
     return [name for name in names if scale in _read_yaml(name)["scales"]]
 
 
+def _scale(name: str, scale: str) -> dict:
+    """What a recipe says of a scale, together with what it takes over from another one."""
+    content = _read_yaml(name)
+    scales = content["scales"]
+    params.require(scale in scales, f"{name} has no recipe for scale {scale!r}; it has: {', '.join(scales)}")
+    chosen = {"methods": content["methods"]} | scales[scale]
+    if "like" in chosen:  # another recipe's base, evaluation and quant, so that the two cannot drift apart
+        other = _scale(chosen["like"], scale)
+        base = params.merged(other["base"], chosen.get("base", {}))
+        chosen = other | {"lr": {}, "grid": []} | chosen | {"base": base}
+    return chosen
+
+
 def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: str = "", model: str = "") -> Recipe:
     """The recipe of a notebook at a scale; `steps`, `seeds`, `corpus` and `model` override it where they are set.
 
     Raises:
         UserError: an unknown recipe, or a scale that it does not have; a model where it trains its own.
     """
-    content = _read_yaml(name)
-    scales = content["scales"]
-    params.require(scale in scales, f"{name} has no recipe for scale {scale!r}; it has: {', '.join(scales)}")
-    chosen = scales[scale]
-    methods = chosen.get("methods", content["methods"])
-    if "like" in chosen:  # another recipe's base, evaluation and quant, so that the two cannot drift apart
-        other = _read_yaml(chosen["like"])["scales"][scale]
-        base = params.merged(other["base"], chosen.get("base", {}))
-        chosen = other | {"lr": {}, "grid": []} | chosen | {"base": base}
+    chosen = _scale(name, scale)
+    methods = chosen["methods"]
     if "published" in chosen:  # nothing is trained: checkpoints are measured, up to the step asked for
         evaluation = params.build(Evaluation, chosen["evaluation"] | ({"text": corpus} if corpus else {}))
         found = sources.read(name, scale, model)

@@ -130,6 +130,28 @@ def test_a_scale_this_machine_cannot_carry_loads_records_or_says_so(out, monkeyp
         sweep.read_recipe("03_quant", "gpu").run()
 
 
+def test_rates_wait_for_the_grid_and_then_follow_from_it(out, corpus, monkeypatch):
+    base = {"model": {"vocab": 300, "layers": 2, "width": 16, "heads": 2, "context": 16}, "corpus": str(corpus)}
+    base |= {"batch": 4, "steps": 20, "warmup": 4, "measure_every": 5, "eval_batches": 2}
+    scale = {"seeds": 1, "workers": 0, "lr": "rule", "grid": {"vanilla": [1e-2, 3e-2]}, "base": base}
+    scale |= {
+        "follows": {"half": ["vanilla", 0.5]},
+        "evaluation": {"sites": ["resid_post"], "batches": 1, "batch": 4},
+    }
+    toy = {"methods": {"vanilla": {}, "half": {}, "fixed": {"lr": 7e-3}}, "scales": {"tiny": scale}}
+    monkeypatch.setattr(sweep, "_read_yaml", lambda name: toy)
+    monkeypatch.setattr(train.params, "root", lambda: out)
+    recipe = sweep.read_recipe("toy", "tiny")
+    assert recipe.unsettled == ("vanilla", "half")
+    with pytest.raises(UserError, match="no learning rate for vanilla, half: not all of its grid is recorded"):
+        recipe.runnable()
+    outcomes = recipe.run()
+    assert [job.method for job in recipe.grid] == ["vanilla"] * 2
+    (chosen,) = sweep.largest_good_rates(recipe.grid).values()
+    assert [outcome.job.config.lr for outcome in outcomes] == [chosen, chosen / 2, 7e-3]
+    assert recipe.settled().unsettled == () and recipe.settled().jobs == tuple(o.job for o in outcomes)
+
+
 def test_another_corpus_than_the_runs_is_refused_before_anything_is_measured(out, config, corpus):
     run = train.train(config, report=lambda *_: None)
     (corpus / "more.txt").write_text("one more document that changes the corpus")
