@@ -19,6 +19,8 @@ import yaml
 from ofutils import UserError, params
 
 SEEDS_NEEDED = 3
+#: What a verdict is about: models trained here on real text, somebody else's checkpoint, or the task `backcopy`.
+SETTINGS = ("text", "checkpoint", "laboratory")
 # Student's t, 95% one-sided, by degrees of freedom; beyond 10 the last one, which is a little wide
 _T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833, 10: 1.812}
 _PAPERS = ("bondarenko2023", "he2024", "puccetti2022")
@@ -70,7 +72,11 @@ class Claim:
     rule: str
     tolerance: dict[str, float]
     notebook: str
+    setting: str = "text"
     numbers: str = ""
+
+    def __post_init__(self):
+        params.require_known(f"setting of {self.id}", self.setting, SETTINGS)
 
     @property
     def margin(self) -> float:

@@ -34,7 +34,7 @@ def scoreboard(root: Path | None = None) -> pd.DataFrame:
 
     Returns:
         Columns id, paper, item, claim, number (the paper's, if verified), rule (with the margin used), ours,
-        low, high, n, scale, verdict, notebook. Where the notebook has not run: no values (NaN, n = 0, empty
+        low, high, n, scale, verdict, notebook, setting. Where the notebook has not run: no values (NaN, n = 0, empty
         scale) and the verdict "not run yet".
 
     Raises:
@@ -76,11 +76,17 @@ def _row(claim: reference.Claim, found: dict | None) -> dict:
     number = claim.numbers if found["paper"] == reference.NO_NUMBER else found["paper"]
     row = {"id": claim.id, "paper": claim.paper, "item": claim.item, "claim": claim.statement, "number": number}
     row |= {"rule": claim.rule_at(found["margin"])} | {name: found[name] for name in unknown}
-    return row | {"notebook": claim.notebook}
+    return row | {"notebook": claim.notebook, "setting": claim.setting}
 
 
 def summary(board: pd.DataFrame) -> str:
-    """One sentence: how many claims hold, do not, cannot be tested at the scale that ran, or wait."""
+    """A sentence for each setting: how many claims hold, do not, cannot be tested at the scale that ran, or wait."""
+    where = {"text": "On models trained on text", "checkpoint": "on a checkpoint", "laboratory": "in the laboratory"}
+    parts = [(where[one], board[board["setting"] == one]) for one in where]
+    return "; ".join(f"{place}: {_counted(rows)}" for place, rows in parts if len(rows)) + "."
+
+
+def _counted(board: pd.DataFrame) -> str:
     kinds = board["verdict"].str.split(":").str[0]
     said = {
         "holds": ("holds", "hold"),
@@ -90,7 +96,7 @@ def summary(board: pd.DataFrame) -> str:
     }
     counts = [(int((kinds == kind).sum()), words) for kind, words in said.items()]
     parts = [f"{count} {words[count != 1]}" for count, words in counts if count]
-    return f"Of {len(board)} claims, " + ", ".join(parts) + "."
+    return f"of {len(board)} claims, " + ", ".join(parts)
 
 
 def render(board: pd.DataFrame, root: Path | None = None) -> str:
@@ -112,7 +118,7 @@ def _line(row: dict, root: Path) -> str:
     if isfinite(row["low"]) and isfinite(row["high"]):
         ours += f" [{row['low']:.3g} to {row['high']:.3g}]"
     if row["n"]:
-        ours += f"; {row['scale']}, n = {row['n']}"
+        ours += f"; {row['scale']}, {row['setting']}, n = {row['n']}"
     path = f"notebooks/{row['notebook']}.ipynb"
     kind, _, reason = row["verdict"].replace("not testable at this scale", "not testable").partition(": ")
     verdict = f"**{kind}**: {reason}" if reason else f"**{kind}**"

@@ -26,7 +26,10 @@ def test_what_has_not_run_says_so(tmp_path):
         claim.id for paper in report.PAPERS for claim in reference.claims() if claim.paper == paper
     ]
     assert set(board["verdict"]) == {"not run yet"} and (board["n"] == 0).all() and board["ours"].isna().all()
-    assert report.summary(board) == f"Of {len(board)} claims, {len(board)} have not been run yet."
+    counts = board["setting"].value_counts()
+    waiting = {one: f"of {counts[one]} claims, {counts[one]} have not been run yet" for one in reference.SETTINGS}
+    said = f"On models trained on text: {waiting['text']}; on a checkpoint: {waiting['checkpoint']}; "
+    assert report.summary(board) == f"{said}in the laboratory: {waiting['laboratory']}."
 
 
 def test_a_verdict_brings_its_numbers_margin_and_scale(tmp_path):
@@ -87,7 +90,7 @@ def test_the_command_writes_the_readme_once(tmp_path, monkeypatch, capsys):
     report.main([])
     report.main([])
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("README.md changed: Of ") and second.startswith("README.md unchanged: Of ")
+    assert first.startswith("README.md changed: On models") and second.startswith("README.md unchanged: On models")
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     with pytest.raises(UserError, match="no arguments are known, got --root x"):
         report.main(["--root", "x"])

@@ -163,14 +163,12 @@ def outliers(
     return _titled(fig, title)
 
 
-def remedies(
-    rows: pd.DataFrame, small: pd.DataFrame, encoder: pd.DataFrame, sinks: float, name: str, title: str
-) -> Figure:
-    """Largest column, exact zeros and gates of the language models; every head of small models, and an encoder's.
+def remedies(rows: pd.DataFrame, encoder: pd.DataFrame, sinks: float, name: str, title: str) -> Figure:
+    """Largest column, exact zeros and gates of the language models; every head of theirs, and an encoder's.
 
     Args:
-        rows: one per head; columns method, state, largest, zeros, pi.
-        small, encoder: one row per head; columns largest, value_ratio.
+        rows: one per head; columns method, state, largest, zeros, pi, value_ratio.
+        encoder: one row per head; columns largest, value_ratio.
         sinks: share of the largest column above which a head sinks.
         name: of the encoder.
     """
@@ -185,6 +183,7 @@ def remedies(
     axs[0].axhline(sinks, color="gray", lw=1, ls="--")
     axs[0].text(1, sinks, "sinks", color="gray", transform=axs[0].get_yaxis_transform(), ha="right", va="bottom")
     axs[0].legend(title="", loc="upper left")
+    small = rows[rows["state"] == "trained"]
     for part, colour, label in ((small, "#0072B2", f"small models, {len(small)} heads"), (encoder, "#D55E00", name)):
         axs[3].scatter(part["largest"], part["value_ratio"], s=12, color=colour, lw=0, label=label)
     axs[3].axvline(sinks, color="gray", lw=1, ls="--")
