@@ -117,5 +117,8 @@ def figure(runs: pd.DataFrame, training: pd.DataFrame, scan: pd.DataFrame, title
     axs[2].set(xlabel="neuron kurtosis - 1", title="vanilla: what was changed, one seed")
     axs[2].tick_params(axis="y", labelsize=8)
     fig.colorbar(points, ax=axs[2], label="attention to <s>")
+    handles, labels = axs[0].get_legend_handles_labels()
+    axs[0].get_legend().remove()
+    fig.legend(handles, labels, loc="outside lower left", ncols=len(labels))
     fig.suptitle(title, x=0, ha="left")
     return fig

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.recomputed import T_95_OF_3
+from tests.recomputed import T_95
 
 ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "figures" / "03_quant"
@@ -34,7 +34,7 @@ def judged(values, margin, ratio):
     """Mean, 90% interval and verdict of three values."""
     values = np.log(values) if ratio else np.asarray(values)
     assert len(values) == 3
-    reach = T_95_OF_3 * values.std(ddof=1) / math.sqrt(3)
+    reach = T_95[3] * values.std(ddof=1) / math.sqrt(3)
     low, middle, high = ((np.exp if ratio else float)(values.mean() + sign * reach) for sign in (-1, 0, 1))
     if low > margin:
         return low, middle, high, "holds"

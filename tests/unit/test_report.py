@@ -55,8 +55,8 @@ def test_markdown_groups_by_paper_links_and_counts(tmp_path):
     assert "1 holds, 1 does not hold, 1 cannot be tested at the scale that ran" in text and "ours alone" not in text
     assert text.index(report.PAPERS["bondarenko2023"]) < text.index(report.PAPERS["he2024"])
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {reference.claim(ID).statement} |")]
-    assert "| Table 2: 0.9 |" in line and "| 0.6 [0.431 to 0.769]; gpu, n = 3 | **holds** (03_quant) |" in line
-    assert "| 1; gpu, n = 1 | **not testable**: 1 of 3 seeds (03_quant) |" in text
+    assert "| Table 2: 0.9 |" in line and "| 0.6 [0.431 to 0.769]; gpu, text, n = 3 | **holds** (03_quant) |" in line
+    assert "| 1; gpu, text, n = 1 | **not testable**: 1 of 3 seeds (03_quant) |" in text
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "03_quant.ipynb").touch()
     assert "**holds** ([03_quant](notebooks/03_quant.ipynb))" in report.render(report.scoreboard(tmp_path), tmp_path)
