@@ -215,7 +215,6 @@ def _counts() -> backcopy.Counts:
     return backcopy.count(load_corpus().split("train"))
 
 
-@lru_cache(maxsize=8)
 def fingerprint(source: str, characters: int = 0) -> str:
     """The sha256 that names a corpus in records."""
     if not is_backcopy(source):

@@ -164,8 +164,8 @@ def test_schedule_warms_up_and_decays_to_zero():
 
 
 def test_an_unknown_optimizer_names_the_known_ones():
-    with pytest.raises(UserError, match="known: adamw, soap"):
-        optim.make("sgd", Transformer(SMALL), 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    with pytest.raises(UserError, match="known: adamw, soap, sgd"):
+        optim.make("adam", Transformer(SMALL), 1e-3, (0.9, 0.95), 1e-8, 0.1)
 
 
 def test_soap_leaves_the_vocabulary_side_of_an_untied_head_alone():
