@@ -176,7 +176,8 @@ def main(arguments: list[str]) -> None:
     known = [sum(_times()[task.kind]) for task in rest if task.kind in _times()]
     if rest:
         minutes = sum(known) / 60 / max(1, _workers(command))
-        print(f"{len(known)} of them will take about {minutes:.0f} minutes; the same command goes on")
+        takes = f"{len(known)} of them will take about {minutes:.0f} minutes; " if known else ""
+        print(f"{takes}the same command goes on")
     sys.exit(int(bool(failed)))
 
 
