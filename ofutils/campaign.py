@@ -168,9 +168,7 @@ def main(arguments: list[str]) -> None:
     command, names = params.read(Command, arguments[flags:]), arguments[:flags]
     params.require_known("scale", command.scale, params.SCALES)
     before = len(queue(command, names))
-    print(
-        f"{before} runs of scale {command.scale} have no record yet; {command.minutes:g} minutes for them", flush=True
-    )
+    print(f"{before} runs of scale {command.scale} have no record; {command.minutes:g} minutes for them", flush=True)
     failed, rest = run(command, names), queue(command, names)
     print(*(f"failed: {line}" for line in failed), f"{before - len(rest)} runs done, {len(rest)} to go", sep="\n")
     known = [sum(_times()[task.kind]) for task in rest if task.kind in _times()]

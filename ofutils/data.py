@@ -189,18 +189,19 @@ def tokens(source: str, characters: int, bpe: int, context: int) -> "Tokens":
     `backcopy`, and `backcopy-N` with N triggers in place of 3, is the task of that name on the text of `stdlib`: rows
     of `context` ids, the same at every call, one after the other; `characters` caps the ids of each split.
     """
-    if not is_backcopy(source):
+    if not _is_backcopy(source):
         return tokenize(load_corpus(source, characters), bpe)
     folder = _folder(f"{fingerprint(source)[:16]}-{bpe}-{context}" + f"-{characters}" * (characters > 0))
     for seed, (split, most) in enumerate(_BACKCOPY.items()):
         if not (path := folder / f"{split}.npy").is_file():
             count = min(most, characters or most) // context
+            params.require(count > 0, f"{source} of {characters} characters has no row of {context}")
             rows = backcopy_chain(source, bpe).rows(count, context, seed)
             write_atomically(path, lambda temporary, rows=rows: _save(temporary, iter([rows.ravel()]), rows.dtype))
     return _loaded(folder, fingerprint(source), bpe)
 
 
-def is_backcopy(source: str) -> bool:
+def _is_backcopy(source: str) -> bool:
     """Whether a corpus is the task `backcopy`."""
     return re.fullmatch(r"backcopy(-\d+)?", source) is not None
 
@@ -217,7 +218,7 @@ def _counts() -> backcopy.Counts:
 
 def fingerprint(source: str, characters: int = 0) -> str:
     """The sha256 that names a corpus in records."""
-    if not is_backcopy(source):
+    if not _is_backcopy(source):
         return load_corpus(source, characters).sha256
     return hashlib.sha256(f"{source} of {load_corpus().sha256}".encode()).hexdigest()
 

@@ -34,39 +34,43 @@ def table(recipe: sweep.Recipe) -> pd.DataFrame:
         block where it is largest; likewise `max-median ratio`, `tensor kurtosis` and `max inf norm` of `resid_post`;
         and for each setting of quantization its label, with what rounding adds to the loss.
     """
-    found = [outcome for outcome in map(sweep.recall, recipe.jobs) if outcome and not outcome.error]
-    return pd.DataFrame(map(_row, found))
-
-
-def _row(outcome: sweep.Outcome) -> dict:
-    config, loss = outcome.job.config, outcome.measured["loss"]
-
-    def largest(site: str, metric: str) -> float:
-        sites = outcome.measured["sites"].items()
-        return max(values[metric] for name, values in sites if name.split(".")[-1] == site)
-
-    bound = data.backcopy_chain(config.corpus, config.model.vocab).bound(config.model.context)
-    row = {"method": outcome.job.method, "seed": config.seed, "above bound": loss - bound}
-    row |= {"sink": largest("probs", "sink"), "kurtosis": largest("resid_post", "neuron_kurtosis")}
-    row |= {"max-median ratio": largest("resid_post", "max_median_ratio")}
-    row |= {"tensor kurtosis": largest("resid_post", "tensor_kurtosis")}
-    row |= {"max inf norm": largest("resid_post", "inf_norm")}
-    return row | {label: rounded - loss for label, rounded in outcome.quantized.items()}
+    return pd.DataFrame(map(_row, _finished(recipe)))
 
 
 def over_training(recipe: sweep.Recipe) -> pd.DataFrame:
     """One row per measurement during those runs: method, seed, step, `sink` and `kurtosis` as in `table`."""
-    found = [outcome for outcome in map(sweep.recall, recipe.jobs) if outcome and not outcome.error]
-    rows = []
-    for outcome in found:
-        for entry in outcome.run.log:
-            sink = max(values["sink"] for values in entry["sites"].values() if "sink" in values)
-            kurtosis = max(
-                values["neuron_kurtosis"] for values in entry["sites"].values() if "neuron_kurtosis" in values
-            )
-            own = {"method": outcome.job.method, "seed": outcome.job.config.seed, "step": entry["step"]}
-            rows.append(own | {"sink": sink, "kurtosis": kurtosis})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"method": outcome.job.method, "seed": outcome.job.config.seed, "step": entry["step"]}
+        | _sink_and_kurtosis(entry["sites"])
+        for outcome in _finished(recipe)
+        for entry in outcome.run.log
+    )
+
+
+def _finished(recipe: sweep.Recipe) -> list[sweep.Outcome]:
+    return [outcome for outcome in map(sweep.recall, recipe.jobs) if outcome and not outcome.error]
+
+
+def _largest(sites: dict[str, dict], site: str, metric: str) -> float:
+    """Of a metric of a site, over the blocks."""
+    return max(values[metric] for name, values in sites.items() if name.split(".")[-1] == site)
+
+
+def _sink_and_kurtosis(sites: dict[str, dict]) -> dict[str, float]:
+    return {"sink": _largest(sites, "probs", "sink"), "kurtosis": _largest(sites, "resid_post", "neuron_kurtosis")}
+
+
+def _row(outcome: sweep.Outcome) -> dict:
+    config, loss, sites = outcome.job.config, outcome.measured["loss"], outcome.measured["sites"]
+    bound = data.backcopy_chain(config.corpus, config.model.vocab).bound(config.model.context)
+    row = {"method": outcome.job.method, "seed": config.seed, "above bound": loss - bound}
+    others = {
+        "max-median ratio": "max_median_ratio",
+        "tensor kurtosis": "tensor_kurtosis",
+        "max inf norm": "inf_norm",
+    }
+    row |= _sink_and_kurtosis(sites) | {said: _largest(sites, "resid_post", one) for said, one in others.items()}
+    return row | {label: rounded - loss for label, rounded in outcome.quantized.items()}
 
 
 def against_vanilla(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series, bool]]:

@@ -104,11 +104,9 @@ class SOAP(torch.optim.Optimizer):
         for _, stack in stacks:
             there = torch.tensor([parameter.grad is not None for parameter in stack])
             state = self.state[stack[0]]
-            known = state["stacked"] = state.get("stacked", there).to(
-                "cpu", torch.bool
-            )  # from a checkpoint: as float
+            state["stacked"] = state.get("stacked", there).to("cpu", torch.bool)  # from a checkpoint: as float
             changed = "SOAP: a parameter has a gradient that had none before, or lost its own"
-            require(torch.equal(known, there), changed)
+            require(torch.equal(state["stacked"], there), changed)
         for group, stack in stacks:
             stack, state = [one for one in stack if one.grad is not None], self.state[stack[0]]
             if stack:

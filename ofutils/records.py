@@ -92,9 +92,15 @@ class Store:
         return found
 
     def export(self, records: list[dict], name: str) -> Path:
-        """Write finished records as JSON lines, to be committed and found on other machines."""
+        """Add finished records to JSON lines that are committed and found on other machines; returns their path.
+
+        What is there already stays, but for records of older `NUMERICS`.
+        """
         path = self.committed / f"{name}.jsonl"
-        text = "".join(json.dumps(record) + "\n" for record in sorted(records, key=lambda r: r["name"]))
+        there = _read_lines(path, path.stat().st_mtime_ns) if path.is_file() else {}
+        whole = {one: record for one, record in there.items() if record["numerics"] == NUMERICS}
+        whole |= {record["name"]: record for record in records}
+        text = "".join(json.dumps(whole[one]) + "\n" for one in sorted(whole))
         write_atomically(path, lambda temporary: temporary.write_text(text))
         return path
 

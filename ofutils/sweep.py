@@ -269,15 +269,17 @@ class Recipe:
 def _read_yaml(name: str) -> dict:
     import yaml
 
-    files = {path.name.removesuffix(".yaml"): path for path in _FOLDER.iterdir() if path.name.endswith(".yaml")}
-    params.require_known("recipe", name, sorted(files))
-    return yaml.safe_load(files[name].read_text())
+    params.require_known("recipe", name, _names())
+    return yaml.safe_load((_FOLDER / f"{name}.yaml").read_text())
+
+
+def _names() -> list[str]:
+    return sorted(path.name.removesuffix(".yaml") for path in _FOLDER.iterdir() if path.name.endswith(".yaml"))
 
 
 def recipes(scale: str) -> list[str]:
     """The names of all recipes that have this scale."""
-    names = sorted(path.name.removesuffix(".yaml") for path in _FOLDER.iterdir() if path.name.endswith(".yaml"))
-    return [name for name in names if scale in _read_yaml(name)["scales"]]
+    return [name for name in _names() if scale in _read_yaml(name)["scales"]]
 
 
 def _scale(name: str, scale: str) -> dict:
@@ -386,7 +388,7 @@ def main(arguments: list[str]) -> None:
 
 
 def export(outcomes: list[Outcome], name: str):
-    """Write the records behind outcomes as JSON lines under figures/records; returns the path."""
+    """Add the records behind outcomes to the JSON lines of that name under figures/records; returns the path."""
     store, records = train.store(), []
     for outcome in outcomes:
         records += [outcome.run and outcome.run.record, *(store.find(*entry) for entry in _entries(outcome.job))]

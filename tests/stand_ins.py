@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from ofutils import hub
+from ofutils import UserError, hub
 from ofutils.studies.bert_outliers import tasks
 
 LAYERS = 2
@@ -264,3 +265,12 @@ def _snapshot(folder: Path, revision: str, files: dict[str, Path]) -> Path:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(blob)
     return folder / "snapshots" / commit
+
+
+def one_line(function, *arguments, **options) -> str:
+    """The error with which a call is refused: one line, without the host's name."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    text = str(caught.value)
+    assert "\n" not in text and "huggingface.co" not in text
+    return text

@@ -77,12 +77,14 @@ def test_the_bound_is_what_the_true_predictor_reaches(triggers):
     assert replace(chain, triggers=0).loss(rows) > chain.loss(rows) or triggers == 0
 
 
-def test_bad_shapes_are_one_line():
+def test_bad_shapes_are_one_line(out):
     counts = backcopy.count(TEXTS)
     with pytest.raises(UserError, match="too few for 30 ids"):
         backcopy.chain(counts, 30)
     with pytest.raises(UserError, match="10 triggers of 11 characters leave none to copy"):
         backcopy.chain(counts, 12, 10)
+    with pytest.raises(UserError, match="backcopy of 10 characters has no row of 16"):
+        data.tokens("backcopy", 10, 28, 16)
     with pytest.raises(UserError, match="'backcopy-x': no such file or folder"):
         data.tokens("backcopy-x", 0, 28, 16)
 

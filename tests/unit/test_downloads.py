@@ -9,18 +9,11 @@ import torch
 import transformers
 from huggingface_hub import constants, file_download
 
-from ofutils import UserError, hub
+from ofutils import hub
 from tests import stand_ins
+from tests.stand_ins import one_line
 
 ID = "some/model"
-
-
-def one_line(function, *arguments, **options):
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    text = str(caught.value)
-    assert "\n" not in text and "huggingface.co" not in text
-    return text
 
 
 @pytest.fixture

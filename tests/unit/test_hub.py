@@ -13,9 +13,9 @@ import torch
 import transformers
 from huggingface_hub import constants
 
-from ofutils import UserError, data, hub
+from ofutils import data, hub
 from tests import stand_ins
-from tests.stand_ins import BERT, OPT, saved
+from tests.stand_ins import BERT, OPT, one_line, saved
 
 pytestmark = pytest.mark.usefixtures("fresh")
 PYTHIA, WIKITEXT = "EleutherAI/pythia-70m", "Salesforce/wikitext"
@@ -54,14 +54,6 @@ def copied(tmp_path, calls, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (snapshot,) = (tmp_path / "hub" / "models--openai-community--gpt2" / "snapshots").iterdir()
     return snapshot
-
-
-def one_line(function, *arguments, **options):
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    text = str(caught.value)
-    assert "\n" not in text and "huggingface.co" not in text
-    return text
 
 
 def test_the_module_imports_without_transformers():
