@@ -19,9 +19,10 @@ REMEDIES = {
     "OP + SOAP": "he2024-lab-op-soap",
 }
 _QUANTITIES = {
-    "sink": ("sink", "attention to <s> (probs)"),
-    "kurtosis": ("excess", "neuron kurtosis - 1 (resid_post)"),
-    "norm": ("max inf norm", "max inf norm (resid_post)"),
+    "sink": ("sink", "{} divides vanilla's attention to <s> (probs) by"),
+    "kurtosis": ("excess", "{} divides vanilla's neuron kurtosis - 1 (resid_post) by"),
+    "norm": ("max inf norm", "{} divides vanilla's max inf norm (resid_post) by"),
+    "fp": ("above bound", "{} lowers the full-precision loss (nats) by"),
 }
 
 
@@ -41,7 +42,7 @@ def over_training(recipe: sweep.Recipe) -> pd.DataFrame:
     """One row per measurement during those runs: method, seed, step, `sink` and `kurtosis` as in `table`."""
     return pd.DataFrame(
         {"method": outcome.job.method, "seed": outcome.job.config.seed, "step": entry["step"]}
-        | _sink_and_kurtosis(entry["sites"])
+        | sink_and_kurtosis(entry["sites"])
         for outcome in _finished(recipe)
         for entry in outcome.run.log
     )
@@ -56,7 +57,12 @@ def _largest(sites: dict[str, dict], site: str, metric: str) -> float:
     return max(values[metric] for name, values in sites.items() if name.split(".")[-1] == site)
 
 
-def _sink_and_kurtosis(sites: dict[str, dict]) -> dict[str, float]:
+def sink_and_kurtosis(sites: dict[str, dict]) -> dict[str, float]:
+    """Attention to `<s>` (`probs`) and neuron kurtosis (`resid_post`), each in the block where it is largest.
+
+    Args:
+        sites: site -> its metrics, as `probes.Measurement.summary` gives them.
+    """
     return {"sink": _largest(sites, "probs", "sink"), "kurtosis": _largest(sites, "resid_post", "neuron_kurtosis")}
 
 
@@ -69,32 +75,49 @@ def _row(outcome: sweep.Outcome) -> dict:
         "tensor kurtosis": "tensor_kurtosis",
         "max inf norm": "inf_norm",
     }
-    row |= _sink_and_kurtosis(sites) | {said: _largest(sites, "resid_post", one) for said, one in others.items()}
+    row |= sink_and_kurtosis(sites) | {said: _largest(sites, "resid_post", one) for said, one in others.items()}
     return row | {label: rounded - loss for label, rounded in outcome.quantized.items()}
 
 
-def against_vanilla(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series, bool]]:
-    """What each remedy does to vanilla's numbers, for `reference.compare`.
+def against_vanilla(runs: pd.DataFrame, quantity: str) -> list[tuple[str, str, pd.Series]]:
+    """What each remedy does to one of vanilla's numbers, for `reference.compare`.
 
     Args:
         runs: from `table`, all methods with the same seeds.
+        quantity: `sink`, `kurtosis`, `norm`: by what it divides them; `fp`: how many nats it lowers the loss; or the
+            label of a setting of quantization: the share of its cost that it saves.
 
     Returns:
-        (id of the paper's claim or nothing, sentence, one value for each seed, whether they are ratios): by what it
-        divides sink, kurtosis - 1 and norm, and the share of the W8A8 cost that it saves.
+        (id of the paper's claim or nothing, sentence, one value for each seed).
     """
-    wide = runs.assign(excess=runs["kurtosis"] - 1).pivot(index="seed", columns="method")
+    column, said = _QUANTITIES.get(quantity, (quantity, f"share of vanilla's {quantity} cost that {{}} saves:"))
+    wide = runs.assign(excess=runs["kurtosis"] - 1).pivot(index="seed", columns="method", values=column)
     known, found = {claim.id for claim in reference.claims()}, []
     for method, start in REMEDIES.items():
-        for short, (column, words) in _QUANTITIES.items():
-            id = f"{start}-{short}" if f"{start}-{short}" in known else ""
-            values = wide[column]["vanilla"] / wide[column][method]
-            found.append((id, f"laboratory: {method} divides vanilla's {words} by", values, True))
-        saved = 1 - wide["W8A8"][method] / wide["W8A8"]["vanilla"]
-        found.append(
-            (f"{start}-w8a8", f"laboratory: share of vanilla's W8A8 cost that {method} saves:", saved, False)
+        id, vanilla, own = f"{start}-{quantity.lower()}", wide["vanilla"], wide[method]
+        values = (
+            vanilla - own if quantity == "fp" else vanilla / own if quantity in _QUANTITIES else 1 - own / vanilla
         )
+        found.append((id if id in known else "", f"laboratory: {said.format(method)}", values))
     return found
+
+
+def halfway(training: pd.DataFrame) -> pd.DataFrame:
+    """When sink and outlier have come half of their way.
+
+    Args:
+        training: from `over_training`, of one method.
+
+    Returns:
+        One row per seed: of `sink` and of `kurtosis` (less 1) the first measured step at which it reaches half of
+        what it is at the end.
+    """
+    steps = training.assign(kurtosis=training["kurtosis"] - 1).set_index("step")
+    return pd.DataFrame(
+        {column: (one[column] >= one[column].iloc[-1] / 2).idxmax() for column in ("sink", "kurtosis")}
+        | {"seed": seed}
+        for seed, one in steps.groupby("seed")
+    ).set_index("seed")
 
 
 def figure(runs: pd.DataFrame, training: pd.DataFrame, scan: pd.DataFrame, title: str) -> Figure:

@@ -1,0 +1,66 @@
+"""The larger figures of 03_quant."""
+
+import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from ofutils import plots
+from ofutils.laboratory import REMEDIES
+
+_RANGES = {"full precision": "0.6", "per tensor": "#D55E00", "per token": "#0072B2"}
+
+
+def laboratory(scan: pd.DataFrame, runs: pd.DataFrame, bits: tuple[str, ...], title: str) -> Figure:
+    """What rounding costs in the laboratory, with one range per tensor and one per token.
+
+    Args:
+        scan: from `laboratory.table`, one run a row, `method` says what was changed.
+        runs: from `laboratory.table`, of vanilla and the remedies.
+        bits: labels of settings per tensor, which have their like per token: a panel each of the runs; that of the
+            scan shows the first.
+    """
+    fig, axs = plt.subplots(1, 1 + len(bits), figsize=(13, 3.8), layout="constrained", width_ratios=(1.2, 1, 1))
+    orders = [scan.sort_values(bits[0])["method"].tolist(), *[["vanilla", *REMEDIES]] * len(bits)]
+    for ax, table, label, order in zip(axs, (scan, *[runs] * len(bits)), (bits[0], *bits), orders, strict=True):
+        for kind in ("per tensor", "per token"):
+            column = label + " per token" * (kind == "per token")
+            cost = table.assign(cost=table[column].clip(lower=1e-5))
+            style = {"color": _RANGES[kind], "marker": "o" if kind == "per tensor" else "D", "size": 5}
+            sns.stripplot(cost, x="cost", y="method", order=order, jitter=False, ax=ax, **style)
+        plots.log_scale(ax, "x")
+        ax.set(xlabel=f"what {label} adds to the loss, nats", ylabel="", title=label)
+    axs[0].set_title(f"vanilla, {bits[0]}: what was changed, one seed")
+    handles = [
+        plt.Line2D([], [], color=_RANGES[k], marker=m, ls="") for k, m in (("per tensor", "o"), ("per token", "D"))
+    ]
+    fig.legend(handles, ["one range per tensor", "one range per token"], loc="outside lower left", ncols=2)
+    fig.suptitle(title, x=0, ha="left")
+    return fig
+
+
+def healing(judged: pd.DataFrame, steps: pd.DataFrame, title: str) -> Figure:
+    """A checkpoint before and after: how far from the original, rounded and not; and the way there.
+
+    Args:
+        judged, steps: from `healing.tables`.
+    """
+    fig, axs = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained", width_ratios=(1.3, 1, 1))
+    ways = judged["way"].unique().tolist()
+    colors = dict(zip(ways, ["black", *sns.color_palette("colorblind", len(ways) - 1)], strict=True))
+    style = {"x": "original", "y": "way", "hue": "ranges", "palette": _RANGES, "dodge": True, "ax": axs[0]}
+    each = judged.groupby(["way", "seed", "ranges"], sort=False)["original"].mean().reset_index()
+    sns.stripplot(each[each["original"] > 1e-6], order=ways, jitter=False, size=5, **style)
+    plots.log_scale(axs[0], "x")
+    axs[0].set(xlabel="1 - cosine to the original's embedding", ylabel="", title="a dot is a seed")
+    axs[0].legend(title="", loc="upper left", bbox_to_anchor=(0, -0.18), ncols=3)
+    for ax, column, said in zip(
+        axs[1:], ("max", "distance"), ("largest |x|", "distance to the original"), strict=True
+    ):
+        sns.lineplot(steps, x="step", y=f"{column}", hue="way", palette=colors, errorbar=None, lw=1.2, ax=ax)
+        plots.log_scale(ax, "y")
+        ax.set(ylabel="", title=f"{said} (mlp_out, resid_post)" if column == "max" else f"{said}, mean over tokens")
+    axs[1].get_legend().remove()
+    sns.move_legend(axs[2], "center left", bbox_to_anchor=(1, 0.5), title="")
+    fig.suptitle(title, x=0, ha="left")
+    return fig
