@@ -22,7 +22,6 @@ _CLIPPED = {"gamma": -0.03}  # of bondarenko2023's BERT
 WAYS = {
     "nothing": None,
     "penalty on kurtosis": Healing(),
-    "penalty on the largest": Healing(penalty="max"),
     "gates": Healing(attention=_GATES, penalty="none"),
     "gates + penalty": Healing(attention=_GATES),
     "clipped softmax": Healing(attention=_CLIPPED, penalty="none"),
