@@ -14,7 +14,8 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     0      pool         many tasks in local processes; one that fails costs itself only
     1      metrics      outlier metrics, as definitions
     1      streaming    the same metrics over any number of batches, from shared sums
-    1      attention    softmax, clipped softmax, gates, QK norms, rotary positions
+    1      attention    softmax, clipped softmax, capped scores, gates, rotary positions
+    1      layers       norms, activations, residual gains
     1      layouts      what the modules of Hugging Face's families are called
     1      quantizers   grids, range estimators, rounding
     1      optim        AdamW and SOAP, parameter groups, schedule
