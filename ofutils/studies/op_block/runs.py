@@ -27,7 +27,7 @@ def layers(outcomes: list[sweep.Outcome]) -> pd.DataFrame:
 
     Returns:
         method; seed; step; `block`, whose input (`resid_pre`) it is, or `out` for what leaves the last one
-        (`resid_post`); COLUMNS, `kurtosis` less 1; `entropy`, of the block's attention (`probs`, nats; none for `out`).
+        (`resid_post`); COLUMNS, `kurtosis` less 1; `entropy`, of the block's attention (`probs`, nats; not of `out`).
     """
     rows = []
     for outcome in outcomes:
