@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ofutils.params import require, require_known
 
-OPTIMIZERS = ("adamw", "soap", "sgd", "adafactor", "rotated_adafactor", "shampoo")
+OPTIMIZERS = ("adamw", "soap", "sgd", "adafactor", "rotated_adafactor", "shampoo", "muon")
 SECOND = ("full", "rank1", "eigenvalues")  # the second moments of `Preconditioned`
 _STRIP = 256  # rows of a Gram that are computed together, from the diagonal on
 
@@ -43,8 +43,9 @@ def make(name: str, model: nn.Module, lr: float, betas, eps: float, weight_decay
     | adamw, sgd | torch's | |
     | soap, rotated_adafactor, shampoo | `Preconditioned`, with its three second moments | in Shampoo's eigenbasis |
     | adafactor | the same with no side rotated, and rank 1 | Adam's, with V' = r c^T / sum r for V |
+    | muon | `Muon` | the orthogonal factor, nearly |
 
-    SGD takes the first of the betas for its momentum, and adds the weight decay to the gradient. What is
+    SGD and Muon take the first of the betas for their momentum; SGD adds the weight decay to the gradient. What is
     rotated leaves the vocabulary side of the token embedding and of a head of its own alone, as he2024's does.
 
     Raises:
@@ -56,6 +57,8 @@ def make(name: str, model: nn.Module, lr: float, betas, eps: float, weight_decay
         return torch.optim.AdamW(parts, lr=lr, betas=betas, eps=eps, fused=True)
     if name == "sgd":
         return torch.optim.SGD(parts, lr=lr, momentum=betas[0], fused=True)
+    if name == "muon":
+        return Muon(model, parts, lr, betas, eps)
     if name == "adafactor":
         return Preconditioned(parts, lr, betas, eps, max_precondition_dim=0, second="rank1")
     table, head = model.token_embedding.weight, getattr(getattr(model, "head", None), "weight", None)
@@ -66,6 +69,47 @@ def make(name: str, model: nn.Module, lr: float, betas, eps: float, weight_decay
     if name == "soap":
         return SOAP(parts, lr, betas, eps)
     return Preconditioned(parts, lr, betas, eps, second="rank1" if name == "rotated_adafactor" else "eigenvalues")
+
+
+class Muon(torch.optim.Optimizer):
+    """torch's Muon for the matrices between embeddings and head, torch's AdamW for all else, as one optimizer.
+
+    Muon moves a matrix W (m, n) along the momentum of its gradients with all singular values set to about 1, by five
+    Newton-Schulz steps in bfloat16, times 0.2 sqrt(max(m, n)): about AdamW's size, entry for entry, so that one
+    learning rate and one weight decay serve both (Liu et al., 2025). Its orthogonal factor is Shampoo's update with
+    exponent -1/4 and no memory in L and R.
+
+    Args:
+        model: whose `nn.Embedding`s and `head` are left to AdamW.
+        parts: what `groups` made of it; matrices that do not decay, and what is no matrix, are AdamW's too.
+        lr: learning rate of both.
+        betas: AdamW's; the first is Muon's momentum too (Nesterov's).
+        eps: AdamW's. Muon's own, 1e-7, only guards a norm of 0.
+
+    Source: not in he2024; Jordan (2024), whose own factor on the rate is sqrt(max(1, m / n)).
+    """
+
+    def __init__(self, model: nn.Module, parts: list[dict], lr: float, betas: tuple[float, float], eps: float):
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        tables.add(id(getattr(getattr(model, "head", None), "weight", None)))
+        mine = [one for one in parts[0]["params"] if one.ndim == 2 and id(one) not in tables]
+        taken = {id(one) for one in mine}
+        rest = [one for one in parts[0]["params"] if id(one) not in taken]
+        decay = parts[0]["weight_decay"]
+        muon = torch.optim.Muon(mine, lr, decay, momentum=betas[0], adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW([{**parts[0], "params": rest}, parts[1]], lr, betas, eps, fused=True)
+        self.parts = muon, adamw
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of both; `closure` re-evaluates the model, as in torch's optimizers."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for part, own in zip(self.parts, (self.param_groups[:1], self.param_groups[1:]), strict=True):
+            part.param_groups, part.state = own, self.state  # those of a checkpoint are other objects
+            part.step()
+        return loss
 
 
 class Preconditioned(torch.optim.Optimizer):

@@ -164,7 +164,7 @@ def test_schedule_warms_up_and_decays_to_zero():
 
 
 def test_an_unknown_optimizer_names_the_known_ones():
-    with pytest.raises(UserError, match="known: adamw, soap, sgd, adafactor, rotated_adafactor, shampoo"):
+    with pytest.raises(UserError, match="known: adamw, soap, sgd, adafactor, rotated_adafactor, shampoo, muon"):
         optim.make("adam", Transformer(SMALL), 1e-3, (0.9, 0.95), 1e-8, 0.1)
 
 
