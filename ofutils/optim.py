@@ -75,9 +75,9 @@ class Muon(torch.optim.Optimizer):
     """torch's Muon for the matrices between embeddings and head, torch's AdamW for all else, as one optimizer.
 
     Muon moves a matrix W (m, n) along the momentum of its gradients with all singular values set to about 1, by five
-    Newton-Schulz steps in bfloat16, times 0.2 sqrt(max(m, n)): about AdamW's size, entry for entry, so that one
-    learning rate and one weight decay serve both (Liu et al., 2025). Its orthogonal factor is Shampoo's update with
-    exponent -1/4 and no memory in L and R.
+    Newton-Schulz steps in bfloat16, times 0.2 sqrt(max(m, n)): the root mean square of its entries is then 0.2,
+    about AdamW's, and one learning rate and one weight decay serve both (Liu et al., 2025). Shampoo with exponent
+    -1/4 and no memory in L and R would move W along the same orthogonal factor.
 
     Args:
         model: whose `nn.Embedding`s and `head` are left to AdamW.
@@ -85,6 +85,9 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate of both.
         betas: AdamW's; the first is Muon's momentum too (Nesterov's).
         eps: AdamW's. Muon's own, 1e-7, only guards a norm of 0.
+
+    Raises:
+        ValueError: a setting out of torch's range.
 
     Source: not in he2024; Jordan (2024), whose own factor on the rate is sqrt(max(1, m / n)).
     """
@@ -132,8 +135,8 @@ class Preconditioned(torch.optim.Optimizer):
     U S V^T, moves W by |S| U S^-1 V^T. They part where the basis turns: AdaFactor takes r along as it is, Shampoo
     reads l from L anew. A side that is not rotated has the diagonal of L for r and l.
 
-    The first step only initialises: parameters stay. With no side rotated (`max_precondition_dim` 0) it moves them,
-    and full is then Adam, rank1 AdaFactor. Other shapes get Adam.
+    The first step only initialises: parameters stay. With `max_precondition_dim` 0 nothing is rotated, full is Adam
+    and rank1 AdaFactor, and these two move at the first step too. Other shapes get Adam.
 
     Matrices of one shape in one group are worked on as one stack, and so are all other parameters of a group, as
     one vector. The state of a stack is kept under the first of its parameters; it is tensors only, of the parameter's
@@ -141,11 +144,11 @@ class Preconditioned(torch.optim.Optimizer):
 
     Args:
         params: parameters, or groups with settings of their own (`max_precondition_dim` too).
-        lr: learning rate.
-        betas: of the first moment, and of the second moment and L, R alike.
-        eps: added to sqrt(V) before its bias correction, so early on it weighs more than in AdamW.
+        lr: learning rate, at least 0.
+        betas: of the first moment, and of the second moment and L, R alike; from 0 on, below 1.
+        eps: at least 0, added to sqrt(V) before its bias correction, so early on it weighs more than in AdamW.
         weight_decay: decoupled, and applied after the update (torch's AdamW decays before).
-        precondition_frequency: steps between refreshes of the eigenvectors.
+        precondition_frequency: steps between refreshes of the eigenvectors, at least 1.
         max_precondition_dim: a side longer than this is not rotated.
         second: one of `SECOND`.
 
@@ -198,14 +201,14 @@ class Preconditioned(torch.optim.Optimizer):
         return loss
 
     def _move(self, group: dict, stack: list[Tensor], state: dict[str, Tensor]) -> None:
-        """One step for one stack; the first one only initialises, where a side may be rotated."""
+        """One step for one stack; the first one only initialises, but for Adam and AdaFactor."""
         grads, matrices = [parameter.grad for parameter in stack], stack[0].ndim == 2
         grad = torch.stack(grads) if matrices else torch.cat([one.flatten() for one in grads])
         if "step" not in state:
-            state.update(begun(grad, group["betas"][1], group["max_precondition_dim"], self.second))
-            if group["max_precondition_dim"]:
+            state.update(initial_state(grad, group["betas"][1], group["max_precondition_dim"], self.second))
+            if group["max_precondition_dim"] or self.second == "eigenvalues":
                 return
-        update = moved(grad, state, group["betas"], group["eps"], self.precondition_frequency, self.second)
+        update = next_update(grad, state, group["betas"], group["eps"], self.precondition_frequency, self.second)
         updates = update if matrices else update.split([one.numel() for one in stack])
         updates = [one.view_as(parameter) for parameter, one in zip(stack, updates, strict=True)]
         torch._foreach_sub_(stack, updates, alpha=group["lr"])
@@ -225,7 +228,7 @@ def _stacks(parameters: list[Tensor]) -> Iterable[list[Tensor]]:
     return stacks.values()
 
 
-def begun(grad: Tensor, beta2: float, max_dim: int, second: str = "full") -> dict[str, Tensor]:
+def initial_state(grad: Tensor, beta2: float, max_dim: int, second: str = "full") -> dict[str, Tensor]:
     """The state of a stack after its first gradient: statistics and eigenvectors, no moments yet but of L and R.
 
     Args:
@@ -254,7 +257,7 @@ def begun(grad: Tensor, beta2: float, max_dim: int, second: str = "full") -> dic
     return state
 
 
-def moved(
+def next_update(
     grad: Tensor,
     state: dict[str, Tensor],
     betas: tuple[float, float],
