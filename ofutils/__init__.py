@@ -14,7 +14,8 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     0      pool         many tasks in local processes; one that fails costs itself only
     1      metrics      outlier metrics, as definitions
     1      streaming    the same metrics over any number of batches, from shared sums
-    1      attention    softmax, clipped softmax, gates, QK norms, rotary positions
+    1      attention    softmax, clipped softmax, capped scores, gates, rotary positions
+    1      layers       norms, activations, residual gains
     1      layouts      what the modules of Hugging Face's families are called
     1      quantizers   grids, range estimators, rounding
     1      optim        AdamW, SGD, AdaFactor, SOAP, Shampoo, Muon; parameter groups, schedule
@@ -37,6 +38,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     3      quant        models rounded: calibration, `quantized`, tables of many settings
     3      train        `TrainConfig`, `train`, resume
     4      remedies     a trained model healed: its outliers trained away
+    4      presets      he2024's settings and blocks, as configurations of trainings
     4      sweep        many runs: here or in local processes; the notebooks' recipes
     4      preflight    whether all that is there, asked without downloading it
     4      report       the scoreboard: claims, what was measured, verdicts

@@ -1,4 +1,4 @@
-"""What attention heads are made of: softmax and its clipped form, gates, norms and rotation of queries and keys."""
+"""What attention heads are made of: softmax and its clipped form, the cap on its scores, gates, rotary positions."""
 
 import math
 from functools import partial
@@ -15,7 +15,8 @@ from ofutils import params
 class AttentionConfig:
     """What is done to attention; by default nothing.
 
-    Clipped softmax: set `gamma`, or `alpha` for gamma = -alpha / context. OP block: `qk_norm`.
+    Clipped softmax: set `gamma`, or `alpha` for gamma = -alpha / context. OP block: `qk_norm`, or `tanh_cap` in its
+    place, against the collapse of attention's entropy. Value-SkipInit: `value_skip` 1 and `value_gain` below 1.
     """
 
     gamma: Annotated[float, "at most 0"] = 0.0  # clipped softmax; 0 with zeta 1 is the plain one
@@ -26,6 +27,9 @@ class AttentionConfig:
     gate_hidden: params.Count = 4  # width of the hidden layer of the mlp gate
     pi_init: Annotated[float, "above 0", "below 1"] = 0.5  # the gate's value at a zero input
     qk_norm: Literal["none", "layernorm", "rmsnorm"] = "none"
+    tanh_cap: params.NotNegative = 0.0  # scores are capped at it (max_attn_val, 30 in Grok-1); 0: they are not
+    value_skip: float = 0.0  # a in a v + b A v: how much of its own value each position keeps
+    value_gain: float = 1.0  # b there, on what attention brings; neither is trained
 
     def __post_init__(self):
         params.require(not (self.alpha and self.gamma), "set gamma or alpha, not both")
@@ -38,8 +42,8 @@ class AttentionConfig:
 
     @property
     def plain(self) -> bool:
-        """Whether the softmax is the usual one."""
-        return not (self.clips or self.off_by_one)
+        """Whether the softmax is the usual one, of scores without a cap."""
+        return not (self.clips or self.off_by_one or self.tanh_cap)
 
 
 def clipped_softmax(scores: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
@@ -74,6 +78,20 @@ def softmax_off_by_one(scores: Tensor) -> Tensor:
     Source: Miller 2023, *Attention is off by one*; none of the three papers has it.
     """
     return F.softmax(F.pad(scores, (0, 1)), dim=-1)[..., :-1]
+
+
+def capped(scores: Tensor, cap: float) -> Tensor:
+    """cap tanh(scores / cap): scores within (-cap, cap), close to themselves where they are small against it.
+
+    The entropy of attention can then not collapse. The block is not 1-homogeneous, as it is with a norm on q and k.
+
+    Args:
+        scores: (..., T, T), scaled and before the mask.
+
+    Source: he2024, Appendix E.2 (after Grok-1, whose cap is 30). Departure: the authors' code rounds scores to
+        float32 first, in whatever precision the model is; here they keep theirs.
+    """
+    return cap * torch.tanh(scores / cap)
 
 
 class Gate(nn.Module):
@@ -117,27 +135,6 @@ class Gate(nn.Module):
 def _linear_init(fan_in: int, *shape: int) -> Tensor:
     """Uniform within 1/sqrt(fan_in): what nn.Linear does, and the authors' gates with it."""
     return torch.empty(*shape).uniform_(-(fan_in**-0.5), fan_in**-0.5)
-
-
-class QKNorm(nn.Module):
-    """The norm that the OP block puts on queries and keys, over the head width, with a trainable gain.
-
-    `layernorm` (he2024's OPT and ViT) centres, has a bias, and eps inside the root. `rmsnorm`
-    (he2024's CodeParrot) divides by RMS(x) + eps, with eps outside the root as in the authors' code;
-    torch.nn.RMSNorm has it inside. The gain is shared by the heads of a block.
-    """
-
-    def __init__(self, kind: str, head_width: int, eps: float = 1e-5):
-        super().__init__()
-        self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.ones(head_width))
-        self.bias = nn.Parameter(torch.zeros(head_width)) if kind == "layernorm" else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., K)."""
-        if self.kind == "layernorm":
-            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
 
 
 def rotated(x: Tensor, width: int, base: float) -> Tensor:

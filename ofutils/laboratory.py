@@ -1,14 +1,22 @@
 """The laboratory: the task `backcopy`, on which a CPU grows sinks and outliers in minutes, and its recorded runs.
 
 What holds in the laboratory is said of the laboratory. It stands beside what was seen on text, never in its place.
+
+    python -m ofutils.laboratory    intervenes in the trained models where no record is there of it, and adds to
+                                    figures/records; weights that are not here are trained
 """
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from ofutils import data, plots, reference, sweep
+from ofutils import data, params, plots, probes, reference, sweep, train
+from ofutils.batches import fixed_batches
+from ofutils.records import differing
+from ofutils.transformer import Transformer, clm_loss
 
 #: The remedies, and how the ids of the papers' claims on them begin.
 REMEDIES = {
@@ -24,6 +32,11 @@ _QUANTITIES = {
     "norm": ("max inf norm", "{} divides vanilla's max inf norm (resid_post) by"),
     "fp": ("above bound", "{} lowers the full-precision loss (nats) by"),
 }
+#: The runs that `interventions` looks at: recipe and method. In one layer no block's output reaches an attention.
+RUNS = {"1 layer": ("laboratory", "vanilla"), "2 layers": ("laboratory_deep", "2 layers")}
+#: What they are asked: case, column, and that column in words.
+QUESTIONS = (("outlier zeroed", "sink", "attention to <s>"), ("<s> blocked", "kurtosis", "kurtosis - 1"))
+_STREAM = ("embed_sum", "resid_mid", "resid_post")
 
 
 def table(recipe: sweep.Recipe) -> pd.DataFrame:
@@ -102,6 +115,20 @@ def against_vanilla(runs: pd.DataFrame, quantity: str) -> list[tuple[str, str, p
     return found
 
 
+def innocent(runs: pd.DataFrame, blame: float) -> str:
+    """Why savings of rounding cost are not judged, if so: outliers are not what rounding costs vanilla.
+
+    They are to blame where W8A8 costs at least `blame` times as much with one range per tensor as with one per token.
+    """
+    costs = runs[runs["method"] == "vanilla"][["W8A8", "W8A8 per token"]].mean()
+    times = costs["W8A8"] / costs["W8A8 per token"]
+    return (
+        ""
+        if times >= blame
+        else f"outliers are not to blame: one range per tensor costs {times:.1f} times one per token"
+    )
+
+
 def halfway(training: pd.DataFrame) -> pd.DataFrame:
     """When sink and outlier have come half of their way.
 
@@ -149,3 +176,101 @@ def figure(runs: pd.DataFrame, training: pd.DataFrame, scan: pd.DataFrame, title
     fig.legend(handles, labels, loc="outside lower left", ncols=len(labels))
     fig.suptitle(title, x=0, ha="left")
     return fig
+
+
+def interventions() -> pd.DataFrame:
+    """What is left of sink, outlier and loss under each intervention that is recorded.
+
+    Returns:
+        One row per run of `RUNS` and case (`nothing`, `outlier zeroed`, `median zeroed`, `<s> blocked`): `model`,
+        `seed`, `case`, `loss` (nats), `sink` and `kurtosis` as `table` has them.
+    """
+    records = ((model, job.config.seed, train.store().find(*_entry(job))) for model, job in _looked_at())
+    return pd.DataFrame(
+        {"model": model, "seed": seed, "case": case} | found
+        for model, seed, record in records
+        if record
+        for case, found in record["result"].items()
+    )
+
+
+def left(found: pd.DataFrame, model: str, case: str, column: str) -> pd.Series:
+    """The share of a number (of kurtosis less 1) that an intervention leaves, one value for each seed.
+
+    Args:
+        found: from `interventions`.
+        model, case, column: of its rows and columns.
+    """
+    own = found[found["model"] == model].pivot(index="seed", columns="case", values=column) - (column == "kurtosis")
+    return own[case] / own["nothing"]
+
+
+def _looked_at() -> list[tuple[str, sweep.Job]]:
+    recipes = {model: (sweep.read_recipe(recipe, "small").jobs, method) for model, (recipe, method) in RUNS.items()}
+    return [(model, job) for model, (jobs, method) in recipes.items() for job in jobs if job.method == method]
+
+
+def _entry(job: sweep.Job) -> tuple[str, dict]:
+    """Kind and key of the record of the interventions in a run."""
+    return "interventions", {"run": differing(job.config)}
+
+
+def _intervened(job: sweep.Job) -> dict:
+    """The record of the interventions in a run; they are made where there is none."""
+    if found := train.store().find(*_entry(job)):
+        return found
+    run = train.train(job.config)
+    run = run if run.has_weights else train.train(job.config, again=True)
+    tokens = train.load_tokens(job.config)
+    rows = fixed_batches(tokens.validation, 8, 64, job.config.model.context)
+    return train.store().write(*_entry(job), without(run.load(), rows), run.record["environment"])
+
+
+def without(model: Transformer, rows: list[Tensor]) -> dict[str, dict]:
+    """Case -> loss, sink and kurtosis.
+
+    Zeroed is a dimension of the stream, from the embedding on (`embed_sum`, `resid_mid`, `resid_post`): the one with
+    the largest root mean square where kurtosis is largest, or, as a control, the median one. Blocked is the key
+    `<s>`, for all queries but its own: their scores are minus infinity, and the softmax goes to the other keys.
+    """
+    with probes.capture(model, "resid_post") as kept, torch.no_grad():
+        model(rows[0])
+    sizes = max((x.square().mean((0, 1)) for x in kept.values()), key=lambda s: s.square().mean() / s.mean().square())
+    order = sizes.argsort().tolist()
+
+    def zeroed(dimension):
+        keep = (torch.arange(len(order)) != dimension).to(sizes)
+        return {"patterns": _STREAM, "function": lambda x: x * keep}
+
+    def blocked(scores):
+        first = torch.zeros_like(scores[0, 0], dtype=torch.bool)  # (T, T)
+        first[1:, 0] = True
+        return scores.masked_fill(first, float("-inf"))
+
+    edits = {"outlier zeroed": zeroed(order[-1]), "median zeroed": zeroed(order[len(order) // 2])}
+    edits |= {"<s> blocked": {"patterns": "scores", "function": blocked}}
+    found = {"nothing": _look(model, rows)}
+    for case, one in edits.items():
+        with probes.edit(model, **one):
+            found[case] = _look(model, rows)
+    return found
+
+
+def _look(model: Transformer, rows: list[Tensor]) -> dict[str, float]:
+    found = probes.measure(model, rows, ("resid_post", "probs"), clm_loss).summary()
+    return {"loss": found["loss"]} | sink_and_kurtosis(found["sites"])
+
+
+def main(arguments: list[str]) -> None:
+    """The command line."""
+    if {"-h", "--help"} & set(arguments):
+        return print(__doc__)
+    params.require(not arguments, f"no arguments are known, got {' '.join(arguments)}")
+    records = [_intervened(job) for _, job in _looked_at()]
+    shown = interventions().groupby(["model", "case"], sort=False)[["loss", "sink", "kurtosis"]].mean()
+    print(shown.round(3).to_string())
+    print("records written to", train.store().export(records, "laboratory_interventions.small"))
+
+
+if __name__ == "__main__":
+    params.main_guard(main)

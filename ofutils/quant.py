@@ -3,7 +3,7 @@
 Grids are uniform: symmetric for weights, with one range per tensor, and asymmetric for activations: one static
 range per tensor as in the papers (bondarenko2023, section 5, and he2024, Table 2), or, to see where the damage comes
 from, one per channel or per token. The grids and ranges are those of `quantizers`. The head, the biases and the gates
-stay in full precision, as in the authors' runs (`fp32_head`).
+stay in full precision, as in the authors' runs (`fp32_head`), and so do the residual gains.
 
     table(model, settings, batches, score)     many settings of one model: calibrate, round and score each
     calibrate(model, batches, settings)        the range of every quantized tensor
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ofutils import UserError, params, quantizers
-from ofutils.attention import QKNorm
+from ofutils.layers import RMSNorm
 from ofutils.probes import Batch, evaluating, hooked, run
 from ofutils.quantizers import Ends, RunningRange, make_grid, minmax_range, mse_range
 from ofutils.transformer import Transformer
@@ -82,7 +82,8 @@ def _weights(model: Transformer) -> dict[str, nn.Parameter]:
     """Matrices and norm gains. Embeddings are rounded where they are read, since the head shares them."""
     chosen = {}
     for name, module in model.named_modules():
-        gain = name.split(".")[-1] in _NORMS and isinstance(module, (nn.LayerNorm, QKNorm))
+        norm = name.split(".")[-1] in _NORMS and isinstance(module, (nn.LayerNorm, RMSNorm))
+        gain = norm and module.weight is not None  # SRMSNorm has none
         if (isinstance(module, nn.Linear) or gain) and not name.startswith("head."):
             chosen[f"{name}.weight"] = module.weight
     return chosen

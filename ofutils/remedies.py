@@ -25,8 +25,8 @@ class Healing:
     penalty: Literal["none", "kurtosis", "max"] = "kurtosis"
     weight: params.NotNegative = 0.02  # of the penalty, beside the distance to the original
     sites: tuple[str, ...] = ("mlp_out", "resid_post")  # where the penalty is taken
-    steps: params.Count = 400
-    warmup: params.Natural = 50  # steps of linear warm-up, then linear decay to 0
+    steps: params.Count = 300
+    warmup: params.Natural = 30  # steps of linear warm-up, then linear decay to 0
     lr: params.Positive = 1e-3
     seed: params.Natural = 0  # of the order of the batches
 

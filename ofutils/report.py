@@ -80,10 +80,17 @@ def _row(claim: reference.Claim, found: dict | None) -> dict:
 
 
 def summary(board: pd.DataFrame) -> str:
-    """A sentence for each setting: how many claims hold, do not, cannot be tested at the scale that ran, or wait."""
+    """For each setting how many claims hold, do not, cannot be tested at the scale that ran, or wait.
+
+    And how many statements are open in every setting: a statement judged on text and in the laboratory is one
+    (`he2024-op-kurtosis`, `he2024-lab-op-kurtosis`).
+    """
     where = {"text": "On models trained on text", "checkpoint": "on a checkpoint", "laboratory": "in the laboratory"}
     parts = [(where[one], board[board["setting"] == one]) for one in where]
-    return "; ".join(f"{place}: {_counted(rows)}" for place, rows in parts if len(rows)) + "."
+    waits = ~board["verdict"].str.split(":").str[0].isin(["holds", "does not hold"])
+    everywhere = waits.groupby(board["id"].str.replace("-lab-", "-")).all()
+    said = f"{everywhere.sum()} of {len(everywhere)} statements are open in every setting"
+    return "; ".join([*(f"{place}: {_counted(rows)}" for place, rows in parts if len(rows)), said]) + "."
 
 
 def _counted(board: pd.DataFrame) -> str:

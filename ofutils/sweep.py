@@ -287,8 +287,8 @@ def _scale(name: str, scale: str) -> dict:
     content = _read_yaml(name)
     scales = content["scales"]
     params.require(scale in scales, f"{name} has no recipe for scale {scale!r}; it has: {', '.join(scales)}")
-    chosen = {"methods": content["methods"]} | scales[scale]
-    if "like" in chosen:  # another recipe's base, evaluation and quant, so that the two cannot drift apart
+    chosen = {key: content[key] for key in ("methods",) if key in content} | scales[scale]
+    if "like" in chosen:  # another recipe's base, evaluation, quant (and methods), so that the two cannot drift apart
         other = _scale(chosen["like"], scale)
         base = params.merged(other["base"], chosen.get("base", {}))
         chosen = other | {"lr": {}, "grid": []} | chosen | {"base": base}

@@ -30,6 +30,7 @@ from ofutils.batches import Ahead, Batches, fixed_batches
 from ofutils.probes import measure, resolve
 from ofutils.records import Store, differing, digest, warn_of_other_corpus
 from ofutils.resume import State, log_spaced, restore, save, save_weights
+from ofutils.streaming import STANDARD
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
 
 SAVE_AFTER = 20  # seconds between checkpoints; has no influence on the numbers
@@ -68,6 +69,7 @@ class TrainConfig:
     measure_every: params.Count = 50  # steps between measurements; the last step is always measured
     eval_batches: params.Count = 2
     sites: tuple[str, ...] = ("resid_post",)  # measured during training
+    meters: tuple[str, ...] = STANDARD  # what is measured there
 
     def __post_init__(self):
         params.require(self.model.context >= 2, "a context of one token leaves nothing to predict")
@@ -367,7 +369,7 @@ def _begin(loop: Loop, wanted: tuple[int, ...], corpus: str) -> State:
 def _measure(state: State, loop: Loop, evaluation: list[Tensor]) -> None:
     config = loop.config
     with loop.precision():
-        found = measure(loop.model, evaluation, config.sites, clm_loss).summary()
+        found = measure(loop.model, evaluation, config.sites, clm_loss, config.meters).summary()
     train_loss = float(loop.accelerator.reduce(state.loss_sum, "mean")) / state.loss_count
     lr = config.lr * optim.schedule(state.step - 1, config.steps, config.warmup)
     state.log.append({"step": state.step, "train_loss": train_loss, "lr": lr, **found})

@@ -1,8 +1,7 @@
-"""One transformer with named sites, by configuration: the OPT recipe, its remedies, the OP block, and the
-forms of BERT, RoBERTa, GPT-2 and GPT-NeoX."""
+"""One transformer with named sites, by configuration: the OPT recipe, its remedies, the OP block and what lies
+between it and pre-norm, and the forms of BERT, RoBERTa, GPT-2 and GPT-NeoX."""
 
 from dataclasses import field
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -10,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ofutils import UserError, params
-from ofutils.attention import AttentionConfig, Gate, QKNorm, clipped_softmax, rotated, softmax_off_by_one
+from ofutils.attention import AttentionConfig, Gate, capped, clipped_softmax, rotated, softmax_off_by_one
+from ofutils.layers import make_activation, make_gain, make_norm
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+PRE_NORMS = ("qk", "v", "mlp")  # what a pre-norm may stand before
+QK_EPS = 1e-5  # of the norms of queries and keys
 
 
 @params.settings
@@ -37,6 +38,13 @@ class TransformerConfig:
     off, `norm_position` post, `activation` gelu, `head` mlm, `embedding` with a `norm`, two `segments` and no
     `skip_padding`. GPT-2: `activation` gelu_tanh, `embedding` with no `skip_padding`. GPT-NeoX: `parallel` on, `head`
     untied, `embedding` with rotary `positions`.
+
+    What he2024 compares: `norm` and `norm_position` (Figure 2); the norms one at a time on the way to the OP block,
+    `pre_norms` and `attention.qk_norm` (Table 4), with none of `pre_norms` an OP block whose `final_norm` stays
+    (Figure 10); another entropy regulation or none (`attention.tanh_cap`, Figure 42); downweighted residuals, which
+    SkipInit and LayerScale train (`residual_gain`, `gain_kind`; Figures 5, 19 and 40) on both branches or on one
+    (`gain_on`, Figures 22 and 24); `leaky_relu_slope` (Figure 22); Value-SkipInit (`attention.value_gain`,
+    Figure 24); GELU with alpha (`mlp_alpha`, Eq 12).
     """
 
     vocab: params.Count = 2048
@@ -46,13 +54,19 @@ class TransformerConfig:
     mlp_width: params.Natural = 0  # 0: 4 x width
     context: params.Count = 128  # the longest row
     causal: bool = True  # False: every position sees the whole row
-    norm: Literal["layernorm", "none"] = "layernorm"
+    norm: Literal["layernorm", "rmsnorm", "srmsnorm", "none"] = "layernorm"  # of the blocks, and the final one
     norm_position: Literal["pre", "post"] = "pre"  # post: BERT, OPT-350m
-    norm_eps: params.Positive = 1e-5  # of every LayerNorm but those of qk_norm
+    pre_norms: tuple[Literal[PRE_NORMS], ...] = PRE_NORMS  # which there are, by what they stand before
+    norm_eps: params.Positive = 1e-5  # of every norm but those of qk_norm, which have QK_EPS
+    rms_eps: Literal["outside", "inside"] = "outside"  # the root of every RMSNorm, see `layers.RMSNorm`
     final_norm: bool = True  # after the last block; never with norm_position post
     activation: Literal["relu", "gelu", "gelu_tanh"] = "relu"  # gelu is the exact one, gelu_tanh its approximation
+    leaky_relu_slope: Annotated[float, "at least 0", "at most 1"] = 0.0  # s in max(x, s x); 0: ReLU
+    mlp_alpha: params.NotNegative = 1.0  # factor on the MLP's input; 0: by depth, see `mlp_input_scale`
     parallel: bool = False  # attention and MLP both read the block's input, each through its own norm
     residual_gain: float = 1.0  # scalar on both branches, trained; 1 is a plain sum without a parameter
+    gain_kind: Literal["skipinit", "layerscale", "fixed"] = "skipinit"  # trained scalar, trained vector, constant
+    gain_on: Literal["both", "attention", "mlp"] = "both"  # the branches that have the residual_gain
     dropout: params.Fraction = 0.0  # on both branches, as in OPT; embeddings and attention probabilities have none
     init_std: params.Positive = 0.02  # of every matrix and embedding
     head: Literal["tied", "untied", "mlm", "none"] = "tied"  # mlm: dense, activation, norm, tied with a bias
@@ -65,6 +79,13 @@ class TransformerConfig:
         turned = self.rotary_width
         pairs = self.embedding.positions == "learned" or (turned >= 2 and turned % 2 == 0)
         params.require(pairs, f"rotary positions turn pairs: rotary_share gives {turned} entries of a head")
+        object.__setattr__(self, "pre_norms", tuple(one for one in PRE_NORMS if one in self.pre_norms))
+        pre = self.norm != "none" and self.norm_position == "pre"
+        params.require(pre or self.pre_norms == PRE_NORMS, "pre_norms chooses among norms with norm_position pre")
+        leaks = self.activation == "relu" or not self.leaky_relu_slope
+        params.require(leaks, f"leaky_relu_slope is of activation relu, not of {self.activation}")
+        normed = self.norm != "none" and "mlp" in self.pre_norms
+        params.require(self.mlp_alpha or not normed, "mlp_alpha 0 is for an MLP whose input has no norm")
 
     @property
     def clip_gamma(self) -> float:
@@ -76,6 +97,19 @@ class TransformerConfig:
         """How many of the K entries of a head turn with the position; 0 without rotary positions."""
         rotary = self.embedding.positions == "rotary"
         return int(self.embedding.rotary_share * (self.width // self.heads)) if rotary else 0
+
+    def mlp_input_scale(self, block: int) -> float:
+        """Factor on the input of the MLP of a block (0, 1, ...), alpha_MLP in he2024's Eq 12.
+
+        With `mlp_alpha` 0 it is one over the standard deviation that the stream is predicted to have there at the
+        start, where the embedding has variance 1 and a branch adds its gain squared: the rule of Brock et al. 2021,
+        which the paper follows without writing it down.
+        """
+        if self.mlp_alpha:
+            return self.mlp_alpha
+        before = 2 * block + (not self.parallel)
+        gained = {"both": before, "attention": before - block, "mlp": block}[self.gain_on]
+        return (1 + gained * self.residual_gain**2 + before - gained) ** -0.5
 
     @property
     def embed_width(self) -> int:
@@ -94,22 +128,28 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.width, config.width)
         self.v = nn.Linear(config.width, config.width)
         self.attn_out = nn.Linear(config.width, config.width)
-        self.q_norm, self.k_norm, self.gate = nn.Identity(), nn.Identity(), None
-        if own.qk_norm != "none":
-            self.q_norm, self.k_norm = QKNorm(own.qk_norm, head_width), QKNorm(own.qk_norm, head_width)
+        self.q_norm, self.k_norm = (make_norm(own.qk_norm, head_width, QK_EPS, config.rms_eps) for _ in range(2))
+        self.gate = None
         if own.gate != "none":
             self.gate = Gate(own.gate, config.heads, head_width, own.gate_hidden, own.pi_init)
         self.scores, self.probs, self.context, self.gated = (nn.Identity() for _ in range(4))
 
-    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); `visible` (B, 1, T, T) says which keys a query sees, by default as configured."""
-        q, k, v = (  # each (B, H, T, K)
-            part.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for part in (self.q(x), self.k(x), self.v(x))
-        )
+    def forward(self, x: Tensor, visible: Tensor | None = None, read: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            x: (B, T, D), what queries, keys and the gate read.
+            visible: (B, 1, T, T), which keys a query sees; by default as configured.
+            read: (B, T, D), what values read; by default x.
+        """
+        parts = self.q(x), self.k(x), self.v(x if read is None else read)
+        q, k, v = (part.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for part in parts)  # (B, H, T, K)
         q, k = self.q_norm(q), self.k_norm(k)
         if turned := self.config.rotary_width:
             q, k = (rotated(part, turned, self.config.embedding.rotary_base) for part in (q, k))
-        context = self._mix(q, k, v, visible)
+        context, own = self._mix(q, k, v, visible), self.config.attention
+        if own.value_skip or own.value_gain != 1:
+            context = own.value_skip * v + own.value_gain * context
         context = self.context(context.transpose(1, 2).flatten(2))  # (B, T, D)
         if self.gate is not None:
             context = (context.unflatten(-1, (self.config.heads, -1)) * self.gate(x)[..., None]).flatten(2)
@@ -125,6 +165,7 @@ class Attention(nn.Module):
             exact = torch.promote_types(q.dtype, torch.float32)
             scores = q.to(exact) * q.shape[-1] ** -0.5 @ k.to(exact).transpose(-1, -2)  # (B, H, T, T)
         scores = self.scores(scores)
+        scores = capped(scores, own.tanh_cap) if own.tanh_cap else scores
         if plain_causal:
             visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()  # (T, T)
         if visible is not None:
@@ -137,39 +178,44 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One transformer block, with its norms before (pre), after (post) or nowhere (OP).
 
+    Where only queries and keys, or only values, have a pre-norm, `norm1` is that norm and the others read the stream.
     In the parallel form both branches read the block's input and are added to it at once. The sum without
     the MLP is then never formed: there is no site `resid_mid`.
     """
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, index: int = 0):
         super().__init__()
         self.post, self.parallel = config.norm_position == "post", config.parallel
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = make_activation(config.activation, config.leaky_relu_slope)
+        self.alpha, before = config.mlp_input_scale(index), set(config.pre_norms)
+        self.qk_apart, self.v_apart = before & {"qk", "v"} == {"v"}, before & {"qk", "v"} == {"qk"}
         hidden = config.mlp_width or 4 * config.width
         self.attention = Attention(config)
-        self.norm1, self.norm2 = _norm(config), _norm(config)
+        self.norm1 = _norm(config) if before & {"qk", "v"} else nn.Identity()
+        self.norm2 = _norm(config) if "mlp" in before else nn.Identity()
         self.mlp_fc = nn.Linear(config.width, hidden)
         self.mlp_out = nn.Linear(hidden, config.width)
-        self.attn_gain = self.mlp_gain = None
-        if config.residual_gain != 1:
-            self.attn_gain = nn.Parameter(torch.tensor(config.residual_gain))
-            self.mlp_gain = nn.Parameter(torch.tensor(config.residual_gain))
+        gain = config.gain_kind, config.residual_gain, config.width
+        self.attn_gain = make_gain(*gain) if config.gain_on != "mlp" else None
+        self.mlp_gain = make_gain(*gain) if config.gain_on != "attention" else None
         self.dropout = nn.Dropout(config.dropout)
         self.resid_pre, self.resid_mid, self.mlp_in, self.mlp_act, self.resid_post = (nn.Identity() for _ in range(5))
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D): the next block's `resid_pre`."""
         start = x = self.resid_pre(x)
-        branch = self.attention(x if self.post else self.norm1(x), visible)
+        normed = x if self.post else self.norm1(x)
+        branch = self.attention(x if self.qk_apart else normed, visible, x if self.v_apart else normed)
         x = x + self._scaled(branch, self.attn_gain)
         x = x if self.parallel else self.resid_mid(x)
         x = self.norm1(x) if self.post else x
-        hidden = self.mlp_in(x if self.post else self.norm2(start if self.parallel else x))
+        hidden = x if self.post else self.norm2(start if self.parallel else x)
+        hidden = self.mlp_in(hidden if self.alpha == 1 else self.alpha * hidden)
         branch = self.mlp_out(self.mlp_act(self.activation(self.mlp_fc(hidden))))
         x = self.resid_post(x + self._scaled(branch, self.mlp_gain))
         return self.norm2(x) if self.post else x
 
-    def _scaled(self, branch: Tensor, gain: Tensor | None) -> Tensor:
+    def _scaled(self, branch: Tensor, gain: Tensor | float | None) -> Tensor:
         branch = self.dropout(branch)
         return branch if gain is None else gain * branch
 
@@ -192,7 +238,7 @@ class Head(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         width, mlm = config.embed_width, config.head == "mlm"
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = make_activation(config.activation, config.leaky_relu_slope)
         self.dense = nn.Linear(width, width) if mlm else None
         self.norm = nn.LayerNorm(width, config.norm_eps) if mlm else None
         self.weight = nn.Parameter(torch.empty(config.vocab, width)) if config.head == "untied" else None
@@ -211,9 +257,9 @@ class Transformer(nn.Module):
     Sites: `embed_tokens` (scaled), `project_in` (where the embedding is narrower), `embed_segments` (token
     types), `embed_typed` (tokens and token types), `embed_positions` ((T, D), or (B, T, D) where they depend
     on the padding), `embed_sum`, `embed_norm`; per block `resid_pre`, `norm1`, `q`, `k`, `v` (before scaling,
-    norm and rotation), `q_norm`, `k_norm`, `scores` (scaled, before the mask), `probs`, `context` (before
-    the gate), `gate` (B, T, H), `gated`, `attn_out` (before the gain), `resid_mid`, `norm2`, `mlp_in`, `mlp_act`
-    (after the activation), `mlp_out`, `resid_post` (the sums; in post-LN they stand before the norms); then
+    norm and rotation), `q_norm`, `k_norm`, `scores` (scaled, before cap and mask), `probs`, `context` (before
+    the gate), `gate` (B, T, H), `gated`, `attn_out` (before the gain), `resid_mid`, `norm2`, `mlp_in` (after alpha),
+    `mlp_act` (after the activation), `mlp_out`, `resid_post` (the sums; in post-LN they stand before the norms); then
     `norm_final`, `project_out`, `logits`.
 
     What a form does not compute is no site of it: `embed_segments`, `embed_typed`, `embed_norm` and `gate` unless
@@ -233,7 +279,7 @@ class Transformer(nn.Module):
         self.segment_embedding = nn.Embedding(segments, config.width) if segments else None
         self.project_in = nn.Linear(embed_width, config.width, bias=False) if narrow else None
         self.embed_norm = nn.LayerNorm(config.width, config.norm_eps) if config.embedding.norm else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
         self.norm_final = _norm(config) if config.final_norm and config.norm_position == "pre" else nn.Identity()
         self.project_out = nn.Linear(config.width, embed_width, bias=False) if narrow else None
         self.head = Head(config) if config.head != "none" else None
@@ -312,7 +358,7 @@ class Transformer(nn.Module):
 
 
 def _norm(config: TransformerConfig) -> nn.Module:
-    return nn.LayerNorm(config.width, config.norm_eps) if config.norm == "layernorm" else nn.Identity()
+    return make_norm(config.norm, config.width, config.norm_eps, config.rms_eps)
 
 
 def clm_loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -3,5 +3,6 @@
 bert_outliers      02: damage without dimensions, geometry; fine-tuning, and its tasks
 quant              03: a trained checkpoint healed; figures
 token_frequency    04: correlations with frequency, token counts, what is predicted
-attention_sinks    05: statistics of heads and outliers, maps of heads, interventions, figures
+attention_sinks    05: statistics of heads and outliers, maps of heads, figures
+op_block           07: tables of kurtosis, correlation and entropy over training, figures
 """

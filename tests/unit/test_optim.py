@@ -366,6 +366,21 @@ def test_decay_norm_adds_the_gains_of_norms_and_nothing_else():
     assert with_gains - without == {n for n in names.values() if "norm" in n and n.endswith("weight")}
 
 
+@pytest.mark.parametrize("norm", ["rmsnorm", "srmsnorm"])
+def test_layerscale_and_the_gains_of_rmsnorms_do_not_decay_unless_norms_do(norm):
+    form = {"norm": norm, "gain_kind": "layerscale", "residual_gain": 0.1, "attention": {"qk_norm": "rmsnorm"}}
+    model = Transformer(TransformerConfig(vocab=90, layers=1, width=16, heads=2, context=8, **form))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    plain = {names[id(p)] for p in optim.groups(model, 0.1)[1]["params"] if "bias" not in names[id(p)]}
+    gains = {"blocks.0.attn_gain", "blocks.0.mlp_gain"}
+    norms = {f"blocks.0.attention.{one}_norm.weight" for one in "qk"}
+    if norm == "rmsnorm":
+        norms |= {"blocks.0.norm1.weight", "blocks.0.norm2.weight", "norm_final.weight"}
+    assert plain == gains | norms
+    kept = {names[id(p)] for p in optim.groups(model, 0.1, decay_norm=True)[1]["params"]}
+    assert {name for name in kept if "bias" not in name} == gains
+
+
 def test_schedule_warms_up_and_decays_to_zero():
     found = [optim.schedule(step, 10, 4) for step in range(11)]
     assert found[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]

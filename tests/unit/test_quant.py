@@ -424,6 +424,31 @@ def test_calibration_leaves_out_the_head(monkeypatch):
     calibrate(model, [torch.randint(0, 300, (2, 16))] * 2, QuantSettings())
 
 
+@pytest.mark.parametrize("norm", ["rmsnorm", "srmsnorm", "none"])
+@pytest.mark.parametrize("pre_norms", [("qk", "v", "mlp"), ("v",)], ids="+".join)
+def test_what_an_rmsnorm_gives_is_rounded_and_its_gain_where_it_has_one(norm, pre_norms):
+    form = {"attention": {"qk_norm": "rmsnorm"}, "residual_gain": 0.5, "gain_kind": "layerscale", "norm": norm}
+    model = Transformer(dataclasses.replace(SMALL, **form, **({} if norm == "none" else {"pre_norms": pre_norms})))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "gain" in name:
+                parameter.mul_(torch.linspace(0.5, 1.5, len(parameter)))
+    gains = {name: p.clone() for name, p in model.named_parameters() if "norm" in name or "gain" in name}
+    ids, settings = torch.randint(0, SMALL.vocab, (4, 16)), QuantSettings(weight_bits=3, activation_bits=3)
+    ranges = calibrate(model, [ids], settings)
+    there = {"q_norm", "k_norm"}
+    if norm != "none":
+        there |= {"norm1", "norm_final"} | ({"norm2"} if "mlp" in pre_norms else set())
+    assert {site.split(".")[-1] for site in ranges if site in model.sites() and "norm" in site} == there
+    with quantized(model, settings, ranges), capture(model, "*") as seen, torch.no_grad():
+        model(ids)
+        rounded = {name for name, p in model.named_parameters() if name in gains and not torch.equal(p, gains[name])}
+        assert all(len(dict(model.named_parameters())[name].unique()) <= 2**3 for name in rounded)
+    assert rounded == {name for name in gains if "gain" not in name}
+    for site in (site for site in seen if site.split(".")[-1] in there):
+        assert len(seen[site].unique()) <= 2**3, site
+
+
 def test_every_named_activation_is_on_its_grid():
     model = Transformer(SMALL).eval()
     ids = torch.randint(0, SMALL.vocab, (4, 16))

@@ -29,7 +29,10 @@ def test_what_has_not_run_says_so(tmp_path):
     counts = board["setting"].value_counts()
     waiting = {one: f"of {counts[one]} claims, {counts[one]} have not been run yet" for one in reference.SETTINGS}
     said = f"On models trained on text: {waiting['text']}; on a checkpoint: {waiting['checkpoint']}; "
-    assert report.summary(board) == f"{said}in the laboratory: {waiting['laboratory']}."
+    said += f"in the laboratory: {waiting['laboratory']}; "
+    statements = len({id.replace("-lab-", "-") for id in board["id"]})
+    said += f"{statements} of {statements} statements are open in every setting."
+    assert report.summary(board) == said
 
 
 def test_a_verdict_brings_its_numbers_margin_and_scale(tmp_path):

@@ -2,6 +2,5 @@
 
 statistics    where heads look, what they find there, which dimensions go with it; outliers by token
 maps          single heads: maps, gates, what a head does not read; controls
-interventions   trained models of the laboratory without outlier or sink
 figures       the larger figures
 """

@@ -29,7 +29,7 @@ def laboratory(scan: pd.DataFrame, runs: pd.DataFrame, bits: tuple[str, ...], ti
             style = {"color": _RANGES[kind], "marker": "o" if kind == "per tensor" else "D", "size": 5}
             sns.stripplot(cost, x="cost", y="method", order=order, jitter=False, ax=ax, **style)
         plots.log_scale(ax, "x")
-        ax.set(xlabel=f"what {label} adds to the loss, nats", ylabel="", title=label)
+        ax.set(xlabel=f"what {label} adds to the loss, nats", ylabel="", title=f"{label}, every method")
     axs[0].set_title(f"vanilla, {bits[0]}: what was changed, one seed")
     handles = [
         plt.Line2D([], [], color=_RANGES[k], marker=m, ls="") for k, m in (("per tensor", "o"), ("per token", "D"))
@@ -43,24 +43,27 @@ def healing(judged: pd.DataFrame, steps: pd.DataFrame, title: str) -> Figure:
     """A checkpoint before and after: how far from the original, rounded and not; and the way there.
 
     Args:
-        judged, steps: from `healing.tables`.
+        judged, steps: from `healing.tables`; where they are empty, so is the figure.
     """
     fig, axs = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained", width_ratios=(1.3, 1, 1))
+    fig.suptitle(title if len(judged) else f"{title}: nothing is recorded here", x=0, ha="left")
+    if judged.empty:
+        return fig
     ways = judged["way"].unique().tolist()
     colors = dict(zip(ways, ["black", *sns.color_palette("colorblind", len(ways) - 1)], strict=True))
-    style = {"x": "original", "y": "way", "hue": "ranges", "palette": _RANGES, "dodge": True, "ax": axs[0]}
     each = judged.groupby(["way", "seed", "ranges"], sort=False)["original"].mean().reset_index()
-    sns.stripplot(each[each["original"] > 1e-6], order=ways, jitter=False, size=5, **style)
-    plots.log_scale(axs[0], "x")
-    axs[0].set(xlabel="1 - cosine to the original's embedding", ylabel="", title="a dot is a seed")
+    style = {"order": ways, "hue": "ranges", "palette": _RANGES, "dodge": True, "jitter": False, "size": 5}
+    sns.stripplot(each[each["original"] > 1e-6], x="original", y="way", ax=axs[0], **style)
+    axs[0].set(xlabel="1 - cosine to the original's embedding", ylabel="", title="W8A8, a dot is a seed")
     axs[0].legend(title="", loc="upper left", bbox_to_anchor=(0, -0.18), ncols=3)
-    for ax, column, said in zip(
-        axs[1:], ("max", "distance"), ("largest |x|", "distance to the original"), strict=True
-    ):
-        sns.lineplot(steps, x="step", y=f"{column}", hue="way", palette=colors, errorbar=None, lw=1.2, ax=ax)
-        plots.log_scale(ax, "y")
-        ax.set(ylabel="", title=f"{said} (mlp_out, resid_post)" if column == "max" else f"{said}, mean over tokens")
+    titles = {"max": "largest |x| (mlp_out, resid_post)", "distance": "distance to the original's tokens"}
+    smooth = steps.groupby(["way", "seed"])[[*titles]].transform(lambda one: one.rolling(10, min_periods=1).median())
+    for ax, (column, said) in zip(axs[1:], titles.items(), strict=True):
+        of = steps.assign(**smooth)
+        sns.lineplot(of, x="step", y=column, hue="way", palette=colors, errorbar=None, lw=1.2, ax=ax)
+        ax.set(ylabel="", title=said)
+    for ax in axs:
+        plots.log_scale(ax, "x" if ax is axs[0] else "y")
     axs[1].get_legend().remove()
     sns.move_legend(axs[2], "center left", bbox_to_anchor=(1, 0.5), title="")
-    fig.suptitle(title, x=0, ha="left")
     return fig
