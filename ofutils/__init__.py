@@ -18,7 +18,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     1      layers       norms, activations, residual gains
     1      layouts      what the modules of Hugging Face's families are called
     1      quantizers   grids, range estimators, rounding
-    1      optim        AdamW and SOAP, parameter groups, schedule
+    1      optim        AdamW, SGD, AdaFactor, SOAP, Shampoo, Muon; parameter groups, schedule
     1      resume       the state of a broken training, written and read back
     1      reference    the papers' numbers and claims, and `compare` for verdicts
     1      plots        theme, colours keyed by method, `save`

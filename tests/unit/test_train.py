@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ofutils import UserError, params, resume, train
+from ofutils import UserError, optim, params, resume, train
 from ofutils.train import TrainConfig
 from ofutils.transformer import Transformer
 from tests.configurations import METHODS, SMALL
@@ -40,7 +40,7 @@ def stop_at(step):
     return report
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
+@pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
 @pytest.mark.parametrize("method", ["vanilla", "OP layernorm", "mlp gate", "dropout"])
 def test_a_broken_run_resumes_to_the_bit(out, config, monkeypatch, method, optimizer):
     """To the bit between runs on one machine with one number of threads; two machines differ in their last bits."""
