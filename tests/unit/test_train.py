@@ -145,6 +145,15 @@ def test_training_learns_and_a_finished_run_is_loaded_not_repeated(out, config, 
     assert quiet(config).record == run.record
 
 
+def test_denormal_numbers_are_zero_while_training_and_are_there_again_afterwards(out, config):
+    def half_of_a_denormal():
+        return torch.tensor([1e-40]).mul(0.5).item()
+
+    seen = []
+    train.train(config, report=lambda step, loss: seen.append(half_of_a_denormal()))
+    assert seen and not any(seen) and half_of_a_denormal() > 0
+
+
 def test_names_depend_on_what_makes_the_numbers_only(config):
     assert TrainConfig().name == TrainConfig(lr=3e-3).name
     assert len({config.name, dataclasses.replace(config, seed=1).name, TrainConfig().name}) == 3
