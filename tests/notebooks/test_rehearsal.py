@@ -36,6 +36,10 @@ def records_of_04_token_frequency(corpus):
     write_records(sweep.read_recipe("04_token_frequency", "paper", steps=8, corpus=corpus))
 
 
+def records_of_07_op_block(corpus):
+    write_records(sweep.read_recipe("07_op_block", "paper", steps=8, seeds=1, corpus=corpus))
+
+
 # notebook -> (stand-ins that it loads, its parameters besides scale; CORPUS is a text, what writes its records)
 CORPUS = "{corpus}"
 BERT = "google-bert/bert-base-uncased"
@@ -60,6 +64,7 @@ ENTRIES = {
         {"steps": 8, "sentences": 6, "counts": "text", "corpus": CORPUS},
         records_of_04_token_frequency,
     ),
+    "07_op_block": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_07_op_block),
 }
 # notebook -> models that it is run with once more, by its parameter `model`
 AGAIN = {"02_bert_outliers": (ROBERTA,), "05_attention_sinks": (ROBERTA,)}

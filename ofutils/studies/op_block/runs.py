@@ -33,7 +33,7 @@ def layers(outcomes: list[sweep.Outcome]) -> pd.DataFrame:
     for outcome in outcomes:
         for entry in outcome.run.log:
             entropy = {_block(site): one["attention_entropy"] for site, one in _of(entry, "probs")}
-            for site, found in [*_of(entry, "resid_pre"), *_of(entry, "resid_post")]:
+            for site, found in [*_of(entry, "resid_pre"), _of(entry, "resid_post")[-1]]:
                 block = _block(site) if site.endswith("resid_pre") else "out"
                 row = {"method": outcome.job.method, "seed": outcome.job.config.seed, "step": entry["step"]}
                 row |= {"block": block} | {column: found[metric] for column, metric in COLUMNS.items()}
@@ -57,9 +57,9 @@ def at_start(outcomes: list[sweep.Outcome], tokens: data.Tokens) -> pd.Series:
     """
     found = {}
     for one in outcomes:
-        config = one.job.config
+        config, context = one.job.config, one.job.config.model.context
         torch.manual_seed(config.seed)
-        rows = fixed_batches(tokens.validation, config.eval_batches, config.batch, config.model.context)
+        rows = fixed_batches(tokens.validation, 1, min(config.batch, len(tokens.validation) // context), context)
         sites = probes.measure(Transformer(config.model), rows, "resid_pre", meters=("neuron_kurtosis",)).sites
         found[one.job.method, config.seed] = max(s.summary()["neuron_kurtosis"] for s in sites.values()) - 1
     return pd.Series(found)
