@@ -27,7 +27,7 @@ _HEADER = "| claim | paper | rule | ours [90% interval] | verdict |\n|---|---|--
 
 
 def scoreboard(root: Path | None = None) -> pd.DataFrame:
-    """One row per claim, grouped by paper.
+    """One row per claim, grouped by paper; a claim judged in the laboratory too stands above its like from there.
 
     Args:
         root: where `figures/` lies; by default the repository.
@@ -43,9 +43,14 @@ def scoreboard(root: Path | None = None) -> pd.DataFrame:
     root = root or params.root()
     known = reference.claims()
     judged = {name: _judged(root, name) for name in {claim.notebook for claim in known}}
-    order = list(PAPERS)
+    order = [(paper, one) for paper in PAPERS for one in dict.fromkeys(statement(claim.id) for claim in known)]
     rows = [_row(claim, judged[claim.notebook].get(claim.id)) for claim in known]
-    return pd.DataFrame(sorted(rows, key=lambda row: order.index(row["paper"])))
+    return pd.DataFrame(sorted(rows, key=lambda row: order.index((row["paper"], statement(row["id"])))))
+
+
+def statement(id: str) -> str:
+    """What a claim says, whatever its setting: `he2024-lab-op-kurtosis` and `he2024-op-kurtosis` say the same."""
+    return id.replace("-lab-", "-")
 
 
 def _judged(root: Path, notebook: str) -> dict[str, dict]:
@@ -82,13 +87,12 @@ def _row(claim: reference.Claim, found: dict | None) -> dict:
 def summary(board: pd.DataFrame) -> str:
     """For each setting how many claims hold, do not, cannot be tested at the scale that ran, or wait.
 
-    And how many statements are open in every setting: a statement judged on text and in the laboratory is one
-    (`he2024-op-kurtosis`, `he2024-lab-op-kurtosis`).
+    And how many statements are open in every setting, see `statement`.
     """
     where = {"text": "On models trained on text", "checkpoint": "on a checkpoint", "laboratory": "in the laboratory"}
     parts = [(where[one], board[board["setting"] == one]) for one in where]
     waits = ~board["verdict"].str.split(":").str[0].isin(["holds", "does not hold"])
-    everywhere = waits.groupby(board["id"].str.replace("-lab-", "-")).all()
+    everywhere = waits.groupby(board["id"].map(statement)).all()
     said = f"{everywhere.sum()} of {len(everywhere)} statements are open in every setting"
     return "; ".join([*(f"{place}: {_counted(rows)}" for place, rows in parts if len(rows)), said]) + "."
 

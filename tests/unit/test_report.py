@@ -22,15 +22,17 @@ def row(root, id=ID):
 
 def test_what_has_not_run_says_so(tmp_path):
     board = report.scoreboard(tmp_path)
-    assert list(board["id"]) == [
-        claim.id for paper in report.PAPERS for claim in reference.claims() if claim.paper == paper
-    ]
+    claims = [claim.id for paper in report.PAPERS for claim in reference.claims() if claim.paper == paper]
+    assert sorted(board["id"]) == sorted(claims) and list(dict.fromkeys(board["paper"])) == list(report.PAPERS)
+    twice = [id for id in claims if id.replace("-lab-", "-") in claims and "-lab-" in id]
+    places = {id: place for place, id in enumerate(board["id"])}
+    assert twice and all(places[id] == places[id.replace("-lab-", "-")] + 1 for id in twice)
     assert set(board["verdict"]) == {"not run yet"} and (board["n"] == 0).all() and board["ours"].isna().all()
     counts = board["setting"].value_counts()
     waiting = {one: f"of {counts[one]} claims, {counts[one]} have not been run yet" for one in reference.SETTINGS}
     said = f"On models trained on text: {waiting['text']}; on a checkpoint: {waiting['checkpoint']}; "
     said += f"in the laboratory: {waiting['laboratory']}; "
-    statements = len({id.replace("-lab-", "-") for id in board["id"]})
+    statements = len(set(map(report.statement, board["id"])))
     said += f"{statements} of {statements} statements are open in every setting."
     assert report.summary(board) == said
 
