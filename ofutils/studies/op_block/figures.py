@@ -14,6 +14,7 @@ COLORS = {
     "Pre-SRMSNorm": "#E69F00",
     "Post-LN": "#0072B2",
     "Pre-LN, gains 0.1": "#8C8C8C",
+    "Pre-LN, embedding x 50": "#56B4E9",
     "OP": "#009E73",
     "OP, final LN": "#66C2A5",
     "OP, tanh cap": "#CC79A7",

@@ -160,6 +160,9 @@ def claims(runs: pd.DataFrame, steps: pd.DataFrame) -> list[tuple[str, str, pd.S
             True,
         ),
     ]
+    large = "Pre-LN, embedding x 50"
+    text = "Pre-LN's peak over that with embeddings times 50"
+    found.append(("", text, over("peak", "Pre-LN", large), "factor", True))
     bare, entropy = "OP, no entropy regulation", of["entropy"]
     found += [
         (
