@@ -4,6 +4,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from ofutils import plots
 from ofutils.laboratory import REMEDIES
@@ -29,6 +30,7 @@ def laboratory(scan: pd.DataFrame, runs: pd.DataFrame, bits: tuple[str, ...], ti
             style = {"color": _RANGES[kind], "marker": "o" if kind == "per tensor" else "D", "size": 5}
             sns.stripplot(cost, x="cost", y="method", order=order, jitter=False, ax=ax, **style)
         plots.log_scale(ax, "x")
+        ax.xaxis.set_major_locator(LogLocator(numticks=5))
         ax.set(xlabel=f"what {label} adds to the loss, nats", ylabel="", title=f"{label}, every method")
     axs[0].set_title(f"vanilla, {bits[0]}: what was changed, one seed")
     handles = [
@@ -64,6 +66,8 @@ def healing(judged: pd.DataFrame, steps: pd.DataFrame, title: str) -> Figure:
         ax.set(ylabel="", title=said)
     for ax in axs:
         plots.log_scale(ax, "x" if ax is axs[0] else "y")
+    axs[0].set_ylabel("")
+    axs[2].set_ylim(bottom=1e-3)  # it begins at zero
     axs[1].get_legend().remove()
     sns.move_legend(axs[2], "center left", bbox_to_anchor=(1, 0.5), title="")
     return fig
