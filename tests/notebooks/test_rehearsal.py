@@ -37,7 +37,8 @@ def records_of_04_token_frequency(corpus):
 
 
 def records_of_07_op_block(corpus):
-    write_records(sweep.read_recipe("07_op_block", "paper", steps=8, seeds=1, corpus=corpus))
+    for name in ("07_op_block", "07_op_block_rates"):
+        write_records(sweep.read_recipe(name, "paper", steps=8, seeds=1, corpus=corpus))
 
 
 # notebook -> (stand-ins that it loads, its parameters besides scale; CORPUS is a text, what writes its records)

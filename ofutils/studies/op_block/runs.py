@@ -97,11 +97,14 @@ def table(outcomes: list[sweep.Outcome], steps: pd.DataFrame, start: pd.Series) 
     return pd.DataFrame(rows)
 
 
-def claims(runs: pd.DataFrame, steps: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
+def claims(
+    runs: pd.DataFrame, steps: pd.DataFrame, slow: pd.DataFrame
+) -> list[tuple[str, str, pd.Series, str, bool]]:
     """What is judged: id of the claim, sentence, one value for each seed, the parameter that holds its margin, ratio.
 
     Args:
         runs, steps: from `table` and `layers`.
+        slow: from `table`, of the runs at the smaller learning rate.
     """
     of = runs.pivot(index="seed", columns="method")
     peak, loss, found = of["peak"], of["loss"], []
@@ -160,6 +163,8 @@ def claims(runs: pd.DataFrame, steps: pd.DataFrame) -> list[tuple[str, str, pd.S
             True,
         ),
     ]
+    rate = peak["Pre-LN"] / slow.pivot(index="seed", columns="method", values="peak")["Pre-LN"]
+    found.append(("he2024-rate", "Pre-LN's peak over that at the smaller learning rate", rate, "factor", True))
     large = "Pre-LN, embedding x 50"
     text = "Pre-LN's peak over that with embeddings times 50"
     found.append(("", text, over("peak", "Pre-LN", large), "factor", True))

@@ -66,7 +66,7 @@ def planned(model: str, scale: str) -> list[Task]:
 
     What has no record is there only where it takes seconds, at `tiny`, or minutes, on a GPU.
     """
-    wanted = tasks(model, seeds=1, steps=2, judged=12, text=64) if scale == "tiny" else tasks(model)
+    wanted = tasks(model, seeds=1, steps=2, judged=4, text=32) if scale == "tiny" else tasks(model)
     quick = scale == "tiny" or params.device().type != "cpu"
     return [task for task in wanted if quick or recall(task)]
 
