@@ -34,8 +34,6 @@ _QUANTITIES = {
 }
 #: The runs that `interventions` looks at: recipe and method. In one layer no block's output reaches an attention.
 RUNS = {"1 layer": ("laboratory", "vanilla"), "2 layers": ("laboratory_deep", "2 layers")}
-#: What they are asked: case, column, and that column in words.
-QUESTIONS = (("outlier zeroed", "sink", "attention to <s>"), ("<s> blocked", "kurtosis", "kurtosis - 1"))
 _STREAM = ("embed_sum", "resid_mid", "resid_post")
 
 
@@ -194,15 +192,23 @@ def interventions() -> pd.DataFrame:
     )
 
 
-def left(found: pd.DataFrame, model: str, case: str, column: str) -> pd.Series:
-    """The share of a number (of kurtosis less 1) that an intervention leaves, one value for each seed.
+def stays(found: pd.DataFrame) -> list[tuple[str, pd.Series]]:
+    """What share of the sink stays without the outlier, and of kurtosis - 1 without `<s>`, for `reference.compare`.
 
     Args:
         found: from `interventions`.
-        model, case, column: of its rows and columns.
+
+    Returns:
+        (sentence, one value for each seed), for each of `RUNS`.
     """
-    own = found[found["model"] == model].pivot(index="seed", columns="case", values=column) - (column == "kurtosis")
-    return own[case] / own["nothing"]
+    asked = (("outlier zeroed", "sink", "attention to <s>"), ("<s> blocked", "kurtosis", "kurtosis - 1"))
+    judged = []
+    for model, rows in found.groupby("model", sort=False):
+        for case, column, words in asked:
+            own = rows.pivot(index="seed", columns="case", values=column) - (column == "kurtosis")
+            text = f"laboratory, {model}: share of the {words} that stays with the {case}:"
+            judged.append((text, own[case] / own["nothing"]))
+    return judged
 
 
 def _looked_at() -> list[tuple[str, sweep.Job]]:

@@ -94,25 +94,15 @@ class Store:
     def export(self, records: list[dict], name: str) -> Path:
         """Add finished records to JSON lines that are committed and found on other machines; returns their path.
 
-        What is there already stays, but for records of older `NUMERICS`. Results are written to nine digits, which
-        tell every float32 from its neighbours.
+        What is there already stays, but for records of older `NUMERICS`.
         """
         path = self.committed / f"{name}.jsonl"
         there = _read_lines(path, path.stat().st_mtime_ns) if path.is_file() else {}
         whole = {one: record for one, record in there.items() if record["numerics"] == NUMERICS}
-        whole |= {record["name"]: record | {"result": _rounded(record["result"])} for record in records}
+        whole |= {record["name"]: record for record in records}
         text = "".join(json.dumps(whole[one]) + "\n" for one in sorted(whole))
         write_atomically(path, lambda temporary: temporary.write_text(text))
         return path
-
-
-def _rounded(result):
-    """A result, nested as it may be, with its floats to nine digits."""
-    if isinstance(result, dict):
-        return {key: _rounded(value) for key, value in result.items()}
-    if isinstance(result, list):
-        return [_rounded(value) for value in result]
-    return float(f"{result:.9g}") if isinstance(result, float) else result
 
 
 @lru_cache(maxsize=32)

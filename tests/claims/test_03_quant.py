@@ -31,10 +31,9 @@ def spearman(first, second):
 
 
 def judged(values, margin, ratio):
-    """Mean, 90% interval and verdict of three values."""
+    """Mean, 90% interval and verdict of three values, or of six in the laboratory."""
     values = np.log(values) if ratio else np.asarray(values)
-    assert len(values) == 3
-    reach = T_95[3] * values.std(ddof=1) / math.sqrt(3)
+    reach = T_95[len(values)] * values.std(ddof=1) / math.sqrt(len(values))
     low, middle, high = ((np.exp if ratio else float)(values.mean() + sign * reach) for sign in (-1, 0, 1))
     if low > margin:
         return low, middle, high, "holds"

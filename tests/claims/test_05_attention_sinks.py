@@ -106,7 +106,7 @@ def test_what_interventions_leave_follows_from_their_table(stated, rules):
             row = stated.loc[f"laboratory, {model}: share of the {words} that stays with the {case}:"]
             own = rows.loc[model][column] - less
             left = [own[seed, case] / own[seed, "nothing"] for seed in range(1, seeds + 1)]
-            assert [float(value) for value in row["values"].split()] == pytest.approx(left, rel=1e-6)
+            assert [float(value) for value in row["values"].split()] == pytest.approx(left, rel=1e-4)
             assert row["verdict"].split(":")[0] == judged(left, rules["lab_kept"], False)
 
 

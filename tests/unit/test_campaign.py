@@ -78,7 +78,7 @@ def test_a_killed_campaign_goes_on(out):
     again = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     assert before and all(path.stat().st_mtime_ns == made for path, made in before.items())
     assert "0 to go" in again and "6 runs of" not in again
-    assert len(lines(out / "figures" / "records" / "03_quant.tiny.jsonl")) == 6 * 6  # train, measure, four widths
+    assert len(lines(out / "figures" / "records" / "03_quant.tiny.jsonl")) == 6 * 7  # train, measure, five settings
 
 
 def test_what_does_not_fit_is_set_aside_to_the_bit_and_ends_later(checkout, config, monkeypatch, capsys):
