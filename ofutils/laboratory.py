@@ -106,9 +106,8 @@ def against_vanilla(runs: pd.DataFrame, quantity: str) -> list[tuple[str, str, p
     known, found = {claim.id for claim in reference.claims()}, []
     for method, start in REMEDIES.items():
         id, vanilla, own = f"{start}-{quantity.lower()}", wide["vanilla"], wide[method]
-        values = (
-            vanilla - own if quantity == "fp" else vanilla / own if quantity in _QUANTITIES else 1 - own / vanilla
-        )
+        values = vanilla / own if quantity in _QUANTITIES else 1 - own / vanilla
+        values = vanilla - own if quantity == "fp" else values
         found.append((id if id in known else "", f"laboratory: {said.format(method)}", values))
     return found
 
@@ -120,11 +119,8 @@ def innocent(runs: pd.DataFrame, blame: float) -> str:
     """
     costs = runs[runs["method"] == "vanilla"][["W8A8", "W8A8 per token"]].mean()
     times = costs["W8A8"] / costs["W8A8 per token"]
-    return (
-        ""
-        if times >= blame
-        else f"outliers are not to blame: one range per tensor costs {times:.1f} times one per token"
-    )
+    said = f"outliers are not to blame: one range per tensor costs {times:.1f} times one per token"
+    return "" if times >= blame else said
 
 
 def halfway(training: pd.DataFrame) -> pd.DataFrame:

@@ -117,7 +117,13 @@ def claims(
         text = f"{method}: kurtosis - 1 (resid_pre) rises over training to its peak by a factor of"
         found.append((f"he2024-grows-{short}", text, peak[method] / of["start"][method], "rise", True))
     found += [
-        ("he2024-gain-free", "Pre-SRMSNorm's peak over Pre-LN's", over("peak", NORMS[2], NORMS[0]), "share", True),
+        (
+            "he2024-gain-free",
+            "Pre-SRMSNorm's peak over Pre-LN's",
+            over("peak", "Pre-SRMSNorm", "Pre-LN"),
+            "share",
+            True,
+        ),
         ("he2024-op-peak", "Pre-LN's peak over OP's", over("peak", "Pre-LN", "OP"), "factor", True),
         (
             "he2024-op-block-loss",
