@@ -11,6 +11,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from tqdm import tqdm
+
+from ofutils import UserError
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,32 @@ def run(function: Callable, tasks: list, workers: int | None, progress: Callable
     if workers == 0:
         return [_try(function, task, partial(progress, index)) for index, task in enumerate(tasks)]
     return _run_in_processes(function, tasks, min(workers, len(tasks)), progress)
+
+
+def finish(function: Callable, tasks: list, steps: list[int], workers: int | None = None) -> list:
+    """What `function(task, report)` gives for every task, in order, under one progress bar.
+
+    Args:
+        function: see `run`; it calls `report(steps done, loss)`.
+        tasks: each with a `label`.
+        steps: of each task; 0 where its record is there.
+        workers: see `run`.
+
+    Raises:
+        UserError: a task that failed, when all others are done.
+    """
+    done: dict[int, int] = {}
+
+    def progress(place, step, _):
+        done[place] = min(step, steps[place])
+        bar.update(sum(done.values()) - bar.n)
+
+    with tqdm(total=sum(steps), unit="step", mininterval=5, leave=False, disable=not sum(steps)) as bar:
+        results = run(function, tasks, workers if sum(steps) else 0, progress)
+    for task, result in zip(tasks, results, strict=True):
+        if result.error:
+            raise UserError(f"{task.label}: {result.error.strip().splitlines()[-1]}")
+    return [result.value for result in results]
 
 
 def _try(function, task, report) -> Result:

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
-from ofutils import UserError, data, families, hub, params, pool, probes, quant, train
+from ofutils import data, families, hub, params, pool, probes, quant, train
 from ofutils.records import differing, warn_of_other_corpus
 from ofutils.remedies import Healing, heal
 from ofutils.sentences import docstrings, sentence_batches
@@ -42,6 +41,11 @@ class Task:
     healing: Healing | None  # None: the checkpoint as it is
     judged: int = 128  # sentences that it is judged on, in each of three draws
     text: int = 5000  # sentences that it is healed on, less those
+
+    @property
+    def label(self) -> str:
+        """For failures."""
+        return f"{self.way} of {self.model}"
 
     @property
     def key(self) -> dict:
@@ -113,24 +117,9 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def run(wanted: list[Task], workers: int | None = None) -> list[dict]:
-    """The records of tasks, in order; what is missing is performed, in local processes (see `pool.run`).
-
-    Raises:
-        UserError: a task that failed, when all others are done.
-    """
-    done: dict[int, int] = {}
-
-    def progress(place, step, _):
-        done[place] = step
-        bar.update(sum(done.values()) - bar.n)
-
-    steps = sum(task.healing.steps for task in wanted if task.healing and not recall(task))
-    with tqdm(total=steps, unit="step", mininterval=5, leave=False, disable=not steps) as bar:
-        results = pool.run(perform, wanted, workers, progress)
-    for task, result in zip(wanted, results, strict=True):
-        if result.error:
-            raise UserError(f"{task.way} of {task.model}: {result.error.strip().splitlines()[-1]}")
-    return [result.value for result in results]
+    """The records of tasks, in order; what is missing is performed, see `pool.finish`."""
+    steps = [task.healing.steps if task.healing and not recall(task) else 0 for task in wanted]
+    return pool.finish(perform, wanted, steps, workers)
 
 
 def tables(wanted: list[Task], workers: int | None = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
