@@ -13,11 +13,16 @@ SECOND = ("full", "rank1", "eigenvalues")  # the second moments of `Precondition
 _STRIP = 256  # rows of a Gram that are computed together, from the diagonal on
 
 
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """The factor on the learning rate at `step` (0-based): linear warm-up, then linear decay to 0."""
+def schedule(step: int, steps: int, warmup: int, decay: float = 1.0) -> float:
+    """The factor on the learning rate at `step` (0-based): linear warm-up, then linear decay to 0.
+
+    Args:
+        decay: the share of the steps, at their end, over which it falls; before, it is 1 (he2024's WSD: 0.2).
+    """
     if step < warmup:
         return (step + 1) / warmup
-    return max(0.0, (steps - step) / max(1, steps - warmup))
+    falls = min(steps - warmup, decay * steps)
+    return max(0.0, min(1.0, (steps - step) / max(1, falls)))
 
 
 def groups(model: nn.Module, weight_decay: float, decay_norm: bool = False) -> list[dict]:

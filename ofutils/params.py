@@ -78,6 +78,7 @@ Natural = Annotated[int, "at least 0"]
 Positive = Annotated[float, "above 0"]
 NotNegative = Annotated[float, "at least 0"]
 Fraction = Annotated[float, "at least 0", "below 1"]
+Share = Annotated[float, "above 0", "at most 1"]
 
 
 @typing.dataclass_transform(frozen_default=True)

@@ -55,6 +55,7 @@ class TrainConfig:
     batch: params.Count = 16  # rows of `model.context` tokens
     steps: params.Count = 500
     warmup: params.Natural = 50  # steps of linear warm-up, then linear decay to 0
+    decay: params.Share = 1.0  # the last share of the steps, over which the rate falls; 1: from the warm-up on
     lr: params.Positive = 3e-3
     optimizer: Literal[optim.OPTIMIZERS] = "adamw"
     betas: tuple[params.Fraction, params.Fraction] = (0.9, 0.95)
@@ -216,7 +217,7 @@ class Loop:
         """The step of that number, from 0 on; returns its loss, 0-d, on the device."""
         config, device = self.config, self.accelerator.device
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * optim.schedule(number, config.steps, config.warmup)
+            group["lr"] = config.lr * optim.schedule(number, config.steps, config.warmup, config.decay)
         _seed_dropout(device, (config.seed * 1_000_003 + number) * 1_009 + self.accelerator.process_index)
         batch, whole = self.rows(number), 0
         for part in batch.split(config.rows_at_once or len(batch)):
@@ -376,7 +377,7 @@ def _measure(state: State, loop: Loop, evaluation: list[Tensor]) -> None:
     with loop.precision():
         found = measure(loop.model, evaluation, config.sites, clm_loss, config.meters).summary()
     train_loss = float(loop.accelerator.reduce(state.loss_sum, "mean")) / state.loss_count
-    lr = config.lr * optim.schedule(state.step - 1, config.steps, config.warmup)
+    lr = config.lr * optim.schedule(state.step - 1, config.steps, config.warmup, config.decay)
     state.log.append({"step": state.step, "train_loss": train_loss, "lr": lr, **found})
     state.loss_sum, state.loss_count = torch.zeros_like(state.loss_sum), 0
     if not (math.isfinite(train_loss) and math.isfinite(found["loss"])):

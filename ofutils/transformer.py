@@ -26,7 +26,7 @@ class EmbeddingConfig:
     norm: bool = False  # a LayerNorm on the sum of the embeddings
     positions: Literal["learned", "rotary"] = "learned"
     skip_padding: bool = True  # learned positions count tokens only (OPT, RoBERTa), not padding (BERT, GPT-2)
-    rotary_share: Annotated[float, "above 0", "at most 1"] = 1.0  # of each head's width, from its start
+    rotary_share: params.Share = 1.0  # of each head's width, from its start
     rotary_base: params.Positive = 10000.0
 
 

@@ -387,6 +387,14 @@ def test_schedule_warms_up_and_decays_to_zero():
     assert found[-1] == 0 and all(a > b for a, b in zip(found[4:], found[5:], strict=False))
 
 
+def test_the_rate_may_stay_until_the_last_steps():
+    found = [optim.schedule(step, 20, 4, decay=0.25) for step in range(21)]
+    assert found[3:16] == [1.0] * 13 and found[16:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0])
+    assert [optim.schedule(step, 20, 4, decay=1.0) for step in range(21)] == [
+        optim.schedule(step, 20, 4) for step in range(21)
+    ]
+
+
 def test_an_unknown_optimizer_names_the_known_ones():
     with pytest.raises(UserError, match="known: adamw, soap, sgd, adafactor, rotated_adafactor, shampoo, muon"):
         optim.make("adam", Transformer(SMALL), 1e-3, (0.9, 0.95), 1e-8, 0.1)
