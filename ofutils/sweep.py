@@ -223,6 +223,15 @@ def run(jobs: list[Job], workers: int | None = None) -> list[Outcome]:
     return [outcomes[index] for index in range(len(jobs))]
 
 
+def require_machine(name: str, scale: str, tasks: list, known: Callable) -> None:
+    """Refuse, at scale gpu or paper without a GPU, tasks of which not all are `known(task)`; each has a `label`."""
+    here = scale in ("tiny", "small") or params.device().type != "cpu"
+    missing = [] if here else [task for task in tasks if not known(task)]
+    of = f"{len(missing)} of {len(tasks)} runs have no record here, e.g. {missing[0].label if missing else None}"
+    needs = f"{name} at scale {scale} needs a GPU: {of}; scales that work without: tiny, small"
+    params.require(not missing, needs)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The runs of a notebook at one scale. Seed 0 is for choosing (the grid, a search), seeds from 1 for judging."""
@@ -246,11 +255,7 @@ class Recipe:
         params.require(len(jobs) > 0, f"{self.name} has no {'grid' if grid else 'runs'} at scale {self.scale}")
         waits = "" if grid else ", ".join(self.unsettled)
         params.require(not waits, f"{self.name}: no learning rate for {waits}: not all of its grid is recorded")
-        here = self.scale in ("tiny", "small") or params.device().type != "cpu"
-        missing = [] if here else [job for job in jobs if not job.published and recall(job) is None]
-        of = f"{len(missing)} of {len(jobs)} runs have no record here, e.g. {missing[0].label if missing else None}"
-        needs = f"{self.name} at scale {self.scale} needs a GPU: {of}; scales that work without: tiny, small"
-        params.require(not missing, needs)
+        require_machine(self.name, self.scale, jobs, lambda job: job.published or recall(job))
         return jobs
 
     def settled(self) -> "Recipe":
@@ -336,8 +341,9 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
         unsettled = tuple(m for m in methods if follows.get(m, [m])[0] in waiting)
         rates |= {m: rates[other] * factor for m, (other, factor) in follows.items() if other in rates}
     start, count = chosen.get("first_seed", 1), seeds or chosen["seeds"]
-    rates = {method: {"lr": lr} for method, lr in rates.items()}
-    jobs = tuple(job(m, seed, **rates.get(m, {})) for seed in range(start, start + count) for m in methods)
+    rates = chosen.get("rates", {}) or {method: [lr] for method, lr in rates.items()}  # one of its own, or several
+    at = {m: [{"lr": lr} for lr in (rates if isinstance(rates, list) else rates.get(m, []))] or [{}] for m in methods}
+    jobs = tuple(job(m, seed, **rate) for seed in range(start, start + count) for m in methods for rate in at[m])
     about = chosen.get("workers"), chosen.get("value", 0), unsettled, (steps, seeds, corpus)
     return Recipe(name, scale, jobs, grid, *about)
 

@@ -153,6 +153,18 @@ def test_rates_wait_for_the_grid_and_then_follow_from_it(out, corpus, monkeypatc
     assert recipe.settled().unsettled == () and recipe.settled().jobs == tuple(o.job for o in outcomes)
 
 
+def test_a_recipe_may_give_every_method_several_rates(monkeypatch):
+    scale = {"seeds": 2, "first_seed": 0, "rates": [1e-3, 1e-2], "base": {"lr": 5.0, "steps": 20, "warmup": 4}}
+    toy = {"methods": {"vanilla": {}, "soap": {"optimizer": "soap"}}, "scales": {"tiny": scale}}
+    monkeypatch.setattr(sweep, "_read_yaml", lambda name: toy)
+    jobs = sweep.read_recipe("toy", "tiny").jobs
+    order = [(job.config.seed, job.method, job.config.lr) for job in jobs]
+    assert order[:4] == [(0, "vanilla", 1e-3), (0, "vanilla", 1e-2), (0, "soap", 1e-3), (0, "soap", 1e-2)]
+    assert len(order) == 8 and order[4][0] == 1
+    scale["rates"] = {"soap": [1e-3]}
+    assert [job.config.lr for job in sweep.read_recipe("toy", "tiny").jobs] == [5.0, 1e-3] * 2
+
+
 def test_another_corpus_than_the_runs_is_refused_before_anything_is_measured(out, config, corpus):
     run = train.train(config, report=lambda *_: None)
     (corpus / "more.txt").write_text("one more document that changes the corpus")
