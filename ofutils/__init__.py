@@ -43,6 +43,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     4      preflight    whether all that is there, asked without downloading it
     4      report       the scoreboard: claims, what was measured, verdicts
     5      laboratory   the recorded runs on `backcopy`, as tables
+    5      trajectories what runs measured while they trained, by block: tables and small multiples
     5      campaign     all runs of a scale within a time limit, in one queue
 
 The recipes (which runs a notebook needs at each scale) are `recipes/*.yaml`, the papers' numbers

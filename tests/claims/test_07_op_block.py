@@ -69,6 +69,16 @@ def expected(rules):
     by_seed = [rows for _, rows in runs.groupby("seed")]
     found["he2024-mmr"] = [spearman(t["peak"], t["max-median ratio"]) for t in by_seed], "rank_margin", False
     found["he2024-scale"] = [0.5 - spearman(t["peak"], t["scale"]) for t in by_seed], "rank_margin", False
+    forms, whole = read("forms"), "norms before QK, V and MLP"
+    for id, more, less, rule in (
+        ("positions-v", whole, "QK-norm, norm before V", "factor"),
+        ("positions-qk", whole, "QK-norm, norm before QK", "factor"),
+        ("positions-op", whole, "QK-norm alone (OP)", "factor"),
+        ("fixed-gains", "gains fixed at 0.3", "gains fixed at 0.1", "higher"),
+        ("leaky", "slope 0.2", "slope 0.8", "higher"),
+        ("value-gain", "value gain 1", "value gain 0.1", "higher"),
+    ):
+        found[f"he2024-{id}"] = of(more, "peak", forms) / of(less, "peak", forms), rule, True
     margins = rules | {"-fp_cost": -rules["fp_cost"]}
     return {id: (values, margins[rule], ratio) for id, (values, rule, ratio) in found.items()}
 
@@ -91,3 +101,10 @@ def test_the_largest_correlation_and_the_least_entropy_are_those_of_the_layers()
         row = runs[(runs["method"] == method) & (runs["seed"] == seed)].iloc[0]
         assert own[own["block"] != "out"]["correlation"].max() == pytest.approx(row["correlation"], rel=1e-4)
         assert own[own["step"] == own["step"].max()]["entropy"].min() == pytest.approx(row["entropy"], rel=1e-4)
+
+
+def test_the_peaks_of_the_forms_are_those_of_their_layers():
+    forms, layers = read("forms"), read("path")
+    own = layers[layers["block"] != "out"].groupby(["method", "seed"])["kurtosis"].max().reset_index()
+    both = forms.merge(own, on=["method", "seed"])
+    assert len(both) == 16 * 3 and both["kurtosis"].to_numpy() == pytest.approx(both["peak"].to_numpy(), rel=1e-4)

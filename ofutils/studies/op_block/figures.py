@@ -20,13 +20,35 @@ COLORS = {
     "OP, tanh cap": "#CC79A7",
     "OP, no entropy regulation": "#D55E00",
 }
+#: Between Pre-LN and OP, norms one at a time.
+PATH = {
+    "norms before QK, V and MLP": "#000000",
+    "the same and QK-norm": "#7A4E00",
+    "QK-norm, norms before V and MLP": "#E69F00",
+    "QK-norm, norm before V": "#56B4E9",
+    "QK-norm, norm before QK": "#0072B2",
+    "QK-norm alone (OP)": "#009E73",
+}
+#: Branches of Pre-LN, the weakest light.
+WEAK = {
+    "gains fixed at 0.3": "#000000",
+    "gains fixed at 0.1": "#56B4E9",
+    "LayerScale 0.1": "#D55E00",
+    "slope 0 (ReLU)": "#E69F00",
+    "slope 0.2": "#000000",
+    "slope 0.5": "#0072B2",
+    "slope 0.8": "#56B4E9",
+    "value gain 1": "#000000",
+    "value gain 0.3": "#0072B2",
+    "value gain 0.1": "#56B4E9",
+}
 
 
 def overview(runs: pd.DataFrame, steps: pd.DataFrame, title: str) -> Figure:
     """Loss against the peak of kurtosis, a dot a run; and kurtosis over training, the largest over blocks.
 
     Args:
-        runs, steps: from `runs.table` and `runs.layers`.
+        runs, steps: from `runs.table` and `trajectories.layers`.
     """
     fig, axs = plt.subplots(1, 2, figsize=(13, 4.4), layout="constrained", width_ratios=(1, 1.3))
     sns.scatterplot(runs, x="loss", y="peak", hue="method", palette=COLORS, s=55, ax=axs[0], legend=False)
@@ -42,34 +64,5 @@ def overview(runs: pd.DataFrame, steps: pd.DataFrame, title: str) -> Figure:
     for ax in axs:
         plots.log_scale(ax, "y")
     sns.move_legend(axs[1], "center left", bbox_to_anchor=(1, 0.5), title="")
-    fig.suptitle(title, x=0, ha="left")
-    return fig
-
-
-def small_multiples(steps: pd.DataFrame, column: str, label: str, title: str, log: bool = False) -> Figure:
-    """A number over training, a panel a block, medians over seeds.
-
-    Args:
-        steps: from `runs.layers`.
-        column: of it.
-        label: of the vertical axis.
-    """
-    blocks = [one for one in dict.fromkeys(steps["block"]) if steps[steps["block"] == one][column].notna().any()]
-    columns = min(4, len(blocks))
-    rows = -(-len(blocks) // columns)
-    fig, axs = plt.subplots(
-        rows, columns, figsize=(13, 0.6 + 2.5 * rows), sharex=True, sharey=True, layout="constrained", squeeze=False
-    )
-    for ax, block in zip(axs.flat, blocks, strict=False):
-        own = steps[steps["block"] == block]
-        style = {"x": "step", "y": column, "hue": "method", "palette": COLORS, "estimator": "median"}
-        sns.lineplot(own, errorbar=None, lw=1.5, ax=ax, **style)
-        ax.set(title="behind the last block" if block == "out" else f"block {block}", ylabel=label)
-        if log:
-            plots.log_scale(ax, "y")
-    handles, labels = axs[0, 0].get_legend_handles_labels()
-    for ax, block in zip(axs.flat, [*blocks, *[None] * (axs.size - len(blocks))], strict=True):
-        ax.get_legend().remove() if block else ax.set_visible(False)
-    fig.legend(handles, labels, loc="outside lower left", ncols=5)
     fig.suptitle(title, x=0, ha="left")
     return fig

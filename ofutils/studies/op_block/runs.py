@@ -10,43 +10,6 @@ from ofutils.transformer import Transformer
 #: The norms of he2024's Figure 2, and the forms of the OP block.
 NORMS = ("Pre-LN", "Pre-RMSNorm", "Pre-SRMSNorm", "Post-LN")
 BLOCKS = ("OP", "OP, final LN", "OP, tanh cap", "OP, no entropy regulation")
-#: column of `layers` -> metric of `streaming.METERS`
-COLUMNS = {
-    "kurtosis": "neuron_kurtosis",
-    "centred": "logged_kurtosis",
-    "max-median ratio": "max_median_ratio",
-    "correlation": "input_correlation",
-    "rms correlation": "input_correlation_rms",
-    "feature correlation": "feature_correlation_rms",
-    "scale": "rms",
-}
-
-
-def layers(outcomes: list[sweep.Outcome]) -> pd.DataFrame:
-    """One row per run, measurement during training and block.
-
-    Returns:
-        method; seed; step; `block`, whose input (`resid_pre`) it is, or `out` for what leaves the last one
-        (`resid_post`); COLUMNS, `kurtosis` less 1; `entropy`, of the block's attention (`probs`, nats; not of `out`).
-    """
-    rows = []
-    for outcome in outcomes:
-        for entry in outcome.run.log:
-            entropy = {_block(site): one["attention_entropy"] for site, one in _of(entry, "probs")}
-            for site, found in [*_of(entry, "resid_pre"), _of(entry, "resid_post")[-1]]:
-                block = _block(site) if site.endswith("resid_pre") else "out"
-                row = {"method": outcome.job.method, "seed": outcome.job.config.seed, "step": entry["step"]}
-                row |= {"block": block} | {column: found[metric] for column, metric in COLUMNS.items()}
-                rows.append(row | {"entropy": entropy.get(block, float("nan"))})
-    return pd.DataFrame(rows).assign(kurtosis=lambda t: t["kurtosis"] - 1)
-
-
-def _of(entry: dict, kind: str) -> list[tuple[str, dict]]:
-    return [(site, found) for site, found in entry["sites"].items() if site.split(".")[-1] == kind]
-
-
-def _block(site: str) -> str:
-    return site.split(".")[1]
 
 
 def at_start(outcomes: list[sweep.Outcome], tokens: data.Tokens) -> pd.Series:
@@ -70,7 +33,7 @@ def table(outcomes: list[sweep.Outcome], steps: pd.DataFrame, start: pd.Series) 
 
     Args:
         outcomes: the runs.
-        steps: their `layers`.
+        steps: their `trajectories.layers`.
         start: from `at_start`.
 
     Returns:
@@ -103,7 +66,7 @@ def claims(
     """What is judged: id of the claim, sentence, one value for each seed, the parameter that holds its margin, ratio.
 
     Args:
-        runs, steps: from `table` and `layers`.
+        runs, steps: from `table` and `trajectories.layers`.
         slow: from `table`, of the runs at the smaller learning rate.
     """
     of = runs.pivot(index="seed", columns="method")
@@ -231,3 +194,24 @@ def claims(
         order = runs.groupby("seed")[["peak", column]].apply(lambda t: t.corr(method="spearman").iloc[0, 1])
         found.append((id, text, 0.5 - order if column == "scale" else order, margin, False))
     return found
+
+
+def form_claims(forms: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
+    """What is judged of the forms between Pre-LN and the OP block, in the form of `claims`.
+
+    Args:
+        forms: from `trajectories.peaks`, of the runs of 07_op_block_forms.
+    """
+    peak = forms.pivot(index="seed", columns="method", values="peak")
+    whole, said = "norms before QK, V and MLP", "{}: its peak under that of {}, by a factor of"
+    return [
+        (f"he2024-{id}", said.format(less, more), peak[more] / peak[less], margin, True)
+        for id, more, less, margin in (
+            ("positions-v", whole, "QK-norm, norm before V", "factor"),
+            ("positions-qk", whole, "QK-norm, norm before QK", "factor"),
+            ("positions-op", whole, "QK-norm alone (OP)", "factor"),
+            ("fixed-gains", "gains fixed at 0.3", "gains fixed at 0.1", "higher"),
+            ("leaky", "slope 0.2", "slope 0.8", "higher"),
+            ("value-gain", "value gain 1", "value gain 0.1", "higher"),
+        )
+    ]
