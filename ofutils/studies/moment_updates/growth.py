@@ -1,0 +1,169 @@
+"""What drives the fourth moment: tables of the followed trainings, the papers' claims on them, the figures."""
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from ofutils import plots
+from ofutils.studies.moment_updates.follow import BENT, MOMENTA, TERMS, Task
+
+FOURTH = ("u41", "u42", "u43", "u44")
+#: A colour belongs to a method, and one to a term, in all figures.
+COLORS = {
+    "Pre-LN": "#000000",
+    "OP": "#009E73",
+    "Pre-LN, eps 1e-4": "#E69F00",
+    "Pre-LN, rate x 0.3": "#56B4E9",
+    "Pre-LN, SOAP": "#7F7F7F",
+    "Pre-LN, SGD": "#CC79A7",
+}
+TERM_COLORS = {"u41": "#0072B2", "u42": "#D55E00", "u43": "#999999", "u44": "#56B4E9"}
+
+
+def over_training(tasks: list[Task], records: list[dict]) -> pd.DataFrame:
+    """One row per run and `BENT` steps.
+
+    Returns:
+        method; momentum; seed; `step`, how many were taken; `m2`, `m4`, `kurtosis` (less 1) then; the `TERMS` of all
+        steps until then, summed; and `share of u41` ... `share of u44`, of m4: each step's term over the m4 that it
+        met, summed. `bend` of the step that follows, see `follow.perform` (not at the end); `loss` of its batch.
+    """
+    rows = []
+    for task, record in zip(tasks, records, strict=True):
+        found = {name: np.array(values) for name, values in record["result"].items() if name != "held_out"}
+        m2, m4, steps = found["m2"], found["m4"], len(found["loss"])
+        at = np.unique([*range(0, steps, BENT), steps])
+        own = {"step": at, "m2": m2[at], "m4": m4[at], "kurtosis": m4[at] / m2[at] ** 2 - 1}
+        for name in TERMS:
+            own[name] = _until(found[name], at)
+        for name in FOURTH:
+            own[f"share of {name}"] = _until(found[name] / m4[:-1], at)
+        own["bend"] = np.append(found["bend"], np.nan)
+        own["loss"] = np.append(found["loss"], np.nan)[at]
+        about = {"method": task.method, "momentum": task.momentum, "seed": task.config.seed}
+        rows.append(pd.DataFrame(about | own))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _until(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The sum of all values before each place."""
+    return np.append(0.0, values.cumsum())[at]
+
+
+def residual(tasks: list[Task], records: list[dict]) -> float:
+    """The most by which the terms, summed over a training, miss the measured change of m4, as a share of m4."""
+    worst = []
+    for record in records:
+        m4 = np.array(record["result"]["m4"])
+        steps = sum(np.array(record["result"][name]) for name in FOURTH)
+        worst.append(abs(steps.sum() - (m4[-1] - m4[0])) / m4.max())
+    return max(worst)
+
+
+def table(steps: pd.DataFrame, tasks: list[Task], records: list[dict]) -> pd.DataFrame:
+    """One row per run.
+
+    Args:
+        steps: from `over_training`.
+
+    Returns:
+        method; momentum; seed; `loss` on held-out text at the end (nats); `start`, `peak`, `end` of the kurtosis less
+        1; `u41` ... `u44`: the share of each among the absolute values of the four, each summed over the training;
+        `higher`, u42 over |u43| + |u44|; `pushed`, u42 / m4 summed over the training; `bend`, the median.
+    """
+    rows = []
+    for task, record in zip(tasks, records, strict=True):
+        about = {"method": task.method, "momentum": task.momentum, "seed": task.config.seed}
+        own = steps[(steps[[*about]] == [*about.values()]).all(axis=1)]
+        last = own.iloc[-1]
+        sizes = last[list(FOURTH)].abs()
+        row = about | {"loss": record["result"]["held_out"], "start": own["kurtosis"].iloc[0]}
+        row |= {"peak": own["kurtosis"].max(), "end": last["kurtosis"]} | dict(sizes / sizes.sum())
+        row |= {"higher": last["u42"] / sizes[["u43", "u44"]].sum(), "pushed": last["share of u42"]}
+        rows.append(row | {"bend": own["bend"].median()})
+    return pd.DataFrame(rows)
+
+
+def claims(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
+    """What is judged: id of the claim, sentence, one value for each seed, the parameter that holds its margin, ratio.
+
+    Args:
+        runs: from `table`.
+    """
+    plain, with_momentum = (runs[runs["momentum"] == one].pivot(index="seed", columns="method") for one in MOMENTA)
+    share = "Pre-LN, {} momentum: share of {} among the terms of the fourth moment, summed over training"
+    first = (
+        ("quadratic", share.format("no", "u42"), plain["u42"]["Pre-LN"], "dominates", False),
+        ("higher", "Pre-LN, no momentum: u42 over |u43| + |u44|", plain["higher"]["Pre-LN"], "negligible", True),
+        ("momentum", share.format("with", "u41"), with_momentum["u41"]["Pre-LN"], "dominates", False),
+    )
+    found = [(f"he2024-moment-{id}", *rest) for id, *rest in first]
+    short = {"op": "OP", "eps": "Pre-LN, eps 1e-4", "rate": "Pre-LN, rate x 0.3", "soap": "Pre-LN, SOAP"}
+    for id, method in (short | {"": "Pre-LN, SGD"}).items():
+        text = f"no momentum: u42 / m4 summed over training, Pre-LN's over that of {method}"
+        values = plain["pushed"]["Pre-LN"] / plain["pushed"][method]
+        found.append((f"he2024-moment-{id}" if id else "", text, values, "higher", True))
+    return found
+
+
+def overview(steps: pd.DataFrame, runs: pd.DataFrame, title: str) -> Figure:
+    """Kurtosis over training without momentum; and the share of each term, summed over training, with and without.
+
+    Args:
+        steps, runs: from `over_training` and `table`.
+    """
+    fig, axs = plt.subplots(1, 2, figsize=(13, 4.4), layout="constrained", width_ratios=(1.15, 1))
+    plain = steps[steps["momentum"] == 0]
+    style = {"x": "step", "y": "kurtosis", "hue": "method", "palette": COLORS, "ax": axs[0]}
+    sns.lineplot(plain, units="seed", estimator=None, lw=0.6, alpha=0.4, legend=False, **style)
+    sns.lineplot(plain, estimator="median", errorbar=None, lw=2, **style)
+    axs[0].set(ylabel="neuron kurtosis - 1", title="without momentum, a thin line is a seed")
+    plots.log_scale(axs[0], "y")
+    sns.move_legend(axs[0], "best", title="", fontsize=8)
+    own = runs[runs["method"] == "Pre-LN"].melt(["momentum", "seed"], FOURTH, "term", "share")
+    own["momentum"] = own["momentum"].map({0.0: "no momentum", 0.9: "momentum 0.9"})
+    bars = {"x": "share", "y": "momentum", "hue": "term", "palette": TERM_COLORS, "errorbar": None}
+    sns.barplot(own, ax=axs[1], **bars)
+    sns.stripplot(
+        own, x="share", y="momentum", hue="term", dodge=True, palette="dark:k", size=3, legend=False, ax=axs[1]
+    )
+    axs[1].set(xlim=(0, 1), xlabel="share of the sum of absolute values", ylabel="", title="Pre-LN: what moved m4")
+    sns.move_legend(axs[1], "best", title="")
+    fig.suptitle(title, x=0, ha="left")
+    return fig
+
+
+def panels(steps: pd.DataFrame, momentum: float, title: str, per_step: bool = False) -> Figure:
+    """A column a method: the terms of m4, relative to it; below, kurtosis. Medians over seeds, thin lines are seeds.
+
+    Args:
+        steps: from `over_training`.
+        momentum: one of `MOMENTA`.
+        per_step: the mean of the last `BENT` steps instead of the sum of all.
+    """
+    own = steps[steps["momentum"] == momentum]
+    methods = list(dict.fromkeys(own["method"]))
+    fig, axs = plt.subplots(2, len(methods), figsize=(14, 5), sharex=True, sharey="row", layout="constrained")
+    for method, upper, lower in zip(methods, *axs, strict=True):
+        rows = own[own["method"] == method]
+        shares = rows.melt(["seed", "step"], [f"share of {name}" for name in FOURTH], "term", "share")
+        shares["term"] = shares["term"].str.removeprefix("share of ")
+        if per_step:
+            shares["share"] = shares.groupby(["seed", "term"])["share"].diff() / BENT
+        style = {"x": "step", "hue": "term", "palette": TERM_COLORS, "ax": upper}
+        sns.lineplot(shares, y="share", units="seed", estimator=None, lw=0.5, alpha=0.5, legend=False, **style)
+        sns.lineplot(shares, y="share", estimator="median", errorbar=None, lw=1.8, **style)
+        upper.get_legend().remove()
+        upper.axhline(0, color="0.8", lw=0.8, zorder=0)
+        upper.set(title=method, ylabel="term / m4" + (", a step" if per_step else ", summed"))
+        upper.set_yscale("symlog", linthresh=0.01 if per_step else 1)
+        sns.lineplot(rows, x="step", y="kurtosis", units="seed", estimator=None, lw=0.8, color="k", ax=lower)
+        lower.set(ylabel="kurtosis - 1")
+    for lower in axs[1]:
+        plots.log_scale(lower, "y")
+    handles, labels = axs[0, 0].get_legend_handles_labels()
+    fig.legend(handles[-len(FOURTH) :], labels[-len(FOURTH) :], loc="outside lower left", ncols=4)
+    fig.suptitle(title, x=0, ha="left")
+    return fig
