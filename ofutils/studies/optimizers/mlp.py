@@ -320,7 +320,7 @@ def main(arguments: list[str]) -> None:
     wanted = grid_tasks() if command.grid else tasks(scale, command.images, command.seeds, command.steps)
     runs = table(layers(wanted, None if command.workers < 0 else command.workers))
     print(runs.drop(columns=["optimizer", "norm"]).to_string(index=False, float_format="{:.3g}".format))
-    print("records written to", train.store().export([*map(recall, wanted)], f"mlp.{scale}"))
+    print("records written to", train.store().export([*map(recall, wanted)], f"mlp.{scale}" + ".grid" * command.grid))
 
 
 if __name__ == "__main__":
