@@ -20,7 +20,7 @@ from ofutils import UserError, params
 
 SEEDS_NEEDED = 3
 #: What a verdict is about: models trained here on real text, somebody else's checkpoint, or the task `backcopy`.
-SETTINGS = ("text", "checkpoint", "laboratory")
+SETTINGS = ("text", "checkpoint", "images", "laboratory")
 # Student's t, 95% one-sided, by degrees of freedom; beyond 10 the last one, which is a little wide
 _T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 7: 1.895, 8: 1.860, 9: 1.833, 10: 1.812}
 _PAPERS = ("bondarenko2023", "he2024", "puccetti2022")

@@ -89,7 +89,12 @@ def summary(board: pd.DataFrame) -> str:
 
     And how many statements are open in every setting, see `statement`.
     """
-    where = {"text": "On models trained on text", "checkpoint": "on a checkpoint", "laboratory": "in the laboratory"}
+    where = {
+        "text": "On models trained on text",
+        "images": "on images",
+        "checkpoint": "on a checkpoint",
+        "laboratory": "in the laboratory",
+    }
     parts = [(where[one], board[board["setting"] == one]) for one in where]
     waits = ~board["verdict"].str.split(":").str[0].isin(["holds", "does not hold"])
     everywhere = waits.groupby(board["id"].map(statement)).all()

@@ -17,6 +17,8 @@ import transformers
 
 from ofutils import hub, params, preflight, probes, sweep, train
 from ofutils.records import differing
+from ofutils.studies.moment_updates import follow
+from ofutils.studies.optimizers import mlp
 from ofutils.transformer import Transformer, clm_loss
 from tests import stand_ins
 
@@ -37,8 +39,26 @@ def records_of_04_token_frequency(corpus):
 
 
 def records_of_07_op_block(corpus):
-    for name in ("07_op_block", "07_op_block_rates"):
+    for name in ("07_op_block", "07_op_block_rates", "07_op_block_forms"):
         write_records(sweep.read_recipe(name, "paper", steps=8, seeds=1, corpus=corpus))
+
+
+def records_of_08_optimizers(corpus):
+    for name in ("08_optimizers", "08_optimizers_eps"):
+        write_records(sweep.read_recipe(name, "paper", steps=8, seeds=2, corpus=corpus))
+    for task in mlp.tasks("paper", seeds=2, steps=8):
+        small = dataclasses.replace(task, width=16, layers=2, batch=32)
+        environment = params.environment() | {"corpus": mlp.load(task.images)[2]}
+        train.store().write("mlp", differing(task), {"rows": mlp.fit(small)[1]}, environment)
+
+
+def records_of_09_moment_updates(corpus):
+    x, change = torch.randn(2, 8, 4)
+    per_step = {name: float(one) for name, one in follow.terms(x, change).items()} | {"loss": 4.0}
+    result = {name: [value] * 8 for name, value in per_step.items()} | {"bend": [0.1], "held_out": 4.0}
+    result |= {name: [float(one)] * 9 for name, one in zip(("m2", "m4"), follow.moments(x), strict=True)}
+    for task in follow.tasks("paper", steps=8, seeds=1, corpus=corpus):
+        train.store().write("moments", task.key, result, params.environment() | {"corpus": corpus})
 
 
 # notebook -> (stand-ins that it loads, its parameters besides scale; CORPUS is a text, what writes its records)
@@ -66,6 +86,8 @@ ENTRIES = {
         records_of_04_token_frequency,
     ),
     "07_op_block": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_07_op_block),
+    "08_optimizers": ((), {"steps": 8, "seeds": 2, "corpus": CORPUS}, records_of_08_optimizers),
+    "09_moment_updates": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_09_moment_updates),
 }
 # notebook -> models that it is run with once more, by its parameter `model`
 AGAIN = {"02_bert_outliers": (ROBERTA,), "05_attention_sinks": (ROBERTA,)}

@@ -104,7 +104,7 @@ def test_records_are_recalled_and_make_the_tables(out):
     assert mlp.recall(TINY[0]) == record and mlp.recall(TINY[1]) is None
     assert record["environment"]["corpus"] == mlp.load("digits")[2]
     wanted = TINY[:2]
-    steps = mlp.layers(wanted)
+    steps = mlp.layers("small", wanted)
     assert (
         list(steps["layer"].unique()) == ["1", "2", "out"] and len(steps) == 2 * 5 * 3
     )  # runs, steps 0 to 4, layers
@@ -114,7 +114,7 @@ def test_records_are_recalled_and_make_the_tables(out):
     assert runs.loc["SGD, Pre-SRMSNorm", "peak"] == inner["kurtosis"].max()
     assert runs.loc["SGD, Pre-SRMSNorm", "start"] == inner[inner["step"] == 0]["kurtosis"].max()
     assert runs.loc["SGD, Pre-SRMSNorm", "loss"] == record["result"]["rows"][-1]["loss"]
-    pd.testing.assert_frame_equal(mlp.layers(wanted), steps)
+    pd.testing.assert_frame_equal(mlp.layers("small", wanted), steps)
 
 
 def run(method, seed, peak, start=1.0, end=1.0, accuracy=1.0):
@@ -140,7 +140,7 @@ def test_claims_give_the_ratios_by_seed():
 
 def test_the_rates_are_what_the_recorded_grid_chooses():
     assert all(map(mlp.recall, mlp.grid_tasks()))
-    assert mlp.choose(mlp.table(mlp.layers(mlp.grid_tasks()))) == mlp.RATES
+    assert mlp.choose(mlp.table(mlp.layers("small", mlp.grid_tasks()))) == mlp.RATES
 
 
 def test_a_parquet_file_of_images_is_trained_on(out, tmp_path):
@@ -148,7 +148,7 @@ def test_a_parquet_file_of_images_is_trained_on(out, tmp_path):
     path = write(tmp_path / "images.parquet", map(png, pixels), [row % 3 for row in range(20)])
     read, labels, _ = mlp.load(path)
     assert np.array_equal(read, pixels.reshape(20, 48)) and list(labels[:4]) == [0, 1, 2, 0]
-    (row,) = mlp.table(mlp.layers(mlp.tasks("tiny", path, seeds=1)[:1])).to_dict("records")
+    (row,) = mlp.table(mlp.layers("tiny", mlp.tasks("tiny", path, seeds=1)[:1])).to_dict("records")
     assert 0 < row["loss"] < 1
 
 
@@ -174,7 +174,7 @@ def test_a_bad_file_costs_one_clear_line(tmp_path, make, why):
 def test_a_task_that_fails_is_named(out, monkeypatch):
     monkeypatch.setattr(mlp, "fit", lambda *_: 1 / 0)
     with pytest.raises(UserError, match="SGD, Pre-SRMSNorm, seed 1: ZeroDivisionError"):
-        mlp.run(TINY[:1], workers=0)
+        mlp.run("tiny", TINY[:1], workers=0)
 
 
 def test_the_command_line_trains_and_exports(out, monkeypatch, capsys, tmp_path):

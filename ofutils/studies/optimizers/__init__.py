@@ -1,4 +1,6 @@
 """The study of 08_optimizers.
 
-mlp    he2024's residual MLP on images: SGD and Adam, with and without norms, whitened inputs or not
+runs       one row per optimizer, learning rate and seed; each optimizer's own rate; the papers' claims on them
+mlp        a residual MLP on images, under SGD and under Adam
+figures    the larger figures
 """

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ofutils import UserError, params, pool, train
+from ofutils import UserError, params, pool, sweep, train
 from ofutils.layers import make_norm
 from ofutils.records import differing, warn_of_other_corpus
 from ofutils.resume import log_spaced
@@ -63,6 +63,11 @@ class Task:
         """What it shows, for tables."""
         name = {"sgd": "SGD", "adam": "Adam"}[self.optimizer] + {"srmsnorm": ", Pre-SRMSNorm", "none": ""}[self.norm]
         return name + (f", eps {self.eps:g}" if self.eps != 1e-8 else "") + ("" if self.whiten else ", not whitened")
+
+    @property
+    def label(self) -> str:
+        """For failures."""
+        return f"{self.method}, seed {self.seed}"
 
 
 def tasks(scale: str = "small", images: str = "digits", seeds: int = 3, steps: int = 0) -> list[Task]:
@@ -231,20 +236,18 @@ def perform(task: Task, report: Callable[[int, float], None] = lambda step, loss
     return recall(task) or train.store().write("mlp", differing(task), {"rows": fit(task, report)[1]}, environment)
 
 
-def run(wanted: list[Task], workers: int | None = None) -> list[dict]:
-    """The records of tasks, in order; what is missing is performed, in local processes (see `pool.run`).
+def run(scale: str, wanted: list[Task], workers: int | None = None) -> list[dict]:
+    """The records of tasks of a scale, in order; what is missing is performed, see `pool.finish`.
 
     Raises:
-        UserError: a task that failed, when all others are done.
+        UserError: one is missing at scale paper, where there is no GPU.
     """
-    results = pool.run(perform, wanted, 0 if all(map(recall, wanted)) else workers, lambda *_: None)
-    for task, result in zip(wanted, results, strict=True):
-        if result.error:
-            raise UserError(f"{task.method}, seed {task.seed}: {result.error.strip().splitlines()[-1]}")
-    return [result.value for result in results]
+    here = scale if scale == "paper" else "small"  # at every other scale they are small
+    sweep.require_machine("08_optimizers", here, wanted, recall)
+    return pool.finish(perform, wanted, [0 if recall(one) else one.steps for one in wanted], workers)
 
 
-def layers(wanted: list[Task], workers: int | None = 0) -> pd.DataFrame:
+def layers(scale: str, wanted: list[Task], workers: int | None = 0) -> pd.DataFrame:
     """One row per task, measurement and layer; what is missing is performed, see `run`.
 
     Returns:
@@ -253,7 +256,7 @@ def layers(wanted: list[Task], workers: int | None = 0) -> pd.DataFrame:
         the model, see `fit`.
     """
     rows = []
-    for task, record in zip(wanted, run(wanted, workers), strict=True):
+    for task, record in zip(wanted, run(scale, wanted, workers), strict=True):
         about = {"method": task.method} | vars(task) | {"layer": [*map(str, range(1, task.layers + 1)), "out"]}
         rows += [about | entry for entry in record["result"]["rows"]]
     found = pd.DataFrame(rows).explode(["layer", *_METERS], ignore_index=True)
@@ -318,7 +321,7 @@ def main(arguments: list[str]) -> None:
     command = params.read(Command, arguments)
     scale = "small" if command.images == "digits" else "paper"
     wanted = grid_tasks() if command.grid else tasks(scale, command.images, command.seeds, command.steps)
-    runs = table(layers(wanted, None if command.workers < 0 else command.workers))
+    runs = table(layers(scale, wanted, None if command.workers < 0 else command.workers))
     print(runs.drop(columns=["optimizer", "norm"]).to_string(index=False, float_format="{:.3g}".format))
     print("records written to", train.store().export([*map(recall, wanted)], f"mlp.{scale}" + ".grid" * command.grid))
 
