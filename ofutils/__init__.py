@@ -37,7 +37,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     3      heads        MLM heads on a frozen encoder
     3      quant        models rounded: calibration, `quantized`, tables of many settings
     3      train        `TrainConfig`, `train`, resume
-    4      remedies     a trained model healed: its outliers trained away
+    4      remedies     a trained model healed (its outliers trained away), smoothed or rotated
     4      presets      he2024's settings and blocks, as configurations of trainings
     4      sweep        many runs: here or in local processes; the notebooks' recipes
     4      preflight    whether all that is there, asked without downloading it

@@ -5,6 +5,11 @@ range per tensor as in the papers (bondarenko2023, section 5, and he2024, Table 
 from, one per channel or per token. The grids and ranges are those of `quantizers`. The head, the biases and the gates
 stay in full precision, as in the authors' runs (`fp32_head`), and so do the residual gains.
 
+What the papers do not have: a range for every output channel of a matrix (`weight_granularity`), and the mixed
+decomposition of LLM.int8() (`outlier_threshold`; Dettmers et al. 2022): channels of an activation with an entry
+beyond the threshold, found anew in every batch as in bitsandbytes, stay in full precision, and so do the columns of a
+matrix that read them.
+
     table(model, settings, batches, score)     many settings of one model: calibrate, round and score each
     calibrate(model, batches, settings)        the range of every quantized tensor
     quantized(model, settings, ranges)         the model rounded, for as long as the context is open
@@ -20,7 +25,7 @@ from torch import Tensor, nn
 from ofutils import UserError, params, quantizers
 from ofutils.layers import RMSNorm
 from ofutils.probes import Batch, evaluating, hooked, run
-from ofutils.quantizers import Ends, RunningRange, make_grid, minmax_range, mse_range
+from ofutils.quantizers import Ends, RunningRange, beyond, make_grid, minmax_range, mse_range
 from ofutils.transformer import Transformer
 
 Calibration = Literal["quantized", "float"]
@@ -46,9 +51,15 @@ class QuantSettings:
     # of activations: static but per token; of q_norm and k_norm `channel` means the K channels that heads share
     granularity: Literal["tensor", "channel", "token"] = "tensor"
     skip: tuple[str, ...] = ()  # activations left in full precision, such as the residual sums resid_mid, resid_post
+    # of matrices and norm gains: one range, or one per output channel, which leaves gains as they are
+    weight_granularity: Literal["tensor", "channel"] = "tensor"
+    # channels with an entry beyond it stay in full precision, 6 in LLM.int8(); 0: none do; scores and probs have none
+    outlier_threshold: params.NotNegative = 0.0
 
     def __post_init__(self):
         params.require(self.granularity == "tensor" or self.percentile == 100, "percentiles are per tensor only")
+        whole = self.weight_granularity == "tensor" or self.weights == "minmax"
+        params.require(whole, "weight_granularity channel is for weights minmax: mse ranges are searched per tensor")
         object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
         for kind in self.skip:
             params.require_known("activation to skip", kind, sorted(_ACTIVATIONS | set(_NORMS)))
@@ -57,6 +68,8 @@ class QuantSettings:
     def label(self) -> str:
         """`W8A8` and the like, with what is not per tensor or left out."""
         fine = "" if self.granularity == "tensor" else f" per {self.granularity}"
+        fine += "" if self.weight_granularity == "tensor" else f", weights per {self.weight_granularity}"
+        fine += f", exact beyond {self.outlier_threshold:g}" if self.outlier_threshold else ""
         return f"W{self.weight_bits}A{self.activation_bits}{fine}" + "".join(f" -{kind}" for kind in self.skip)
 
 
@@ -102,8 +115,14 @@ def _embeddings(model: Transformer) -> dict[str, Tensor]:
 def _weight_ranges(model: Transformer, settings: QuantSettings) -> Ranges:
     tensors = {name: weight.data for name, weight in _weights(model).items()} | _embeddings(model)
     if settings.weights == "minmax":
-        return {name: minmax_range(x) for name, x in tensors.items()}
+        own = _weights(model) if settings.weight_granularity == "channel" else {}
+        return {name: _by_output(x) if name in own else minmax_range(x) for name, x in tensors.items()}
     return {name: mse_range(x, settings.weight_bits, "symmetric", settings.margin) for name, x in tensors.items()}
+
+
+def _by_output(x: Tensor) -> Ends:
+    """One range per output channel: of a matrix (out, in) (2, out, 1), of a gain (D,) (2, D), which is then exact."""
+    return minmax_range(x, "token") if x.ndim == 2 else torch.stack([x, x])
 
 
 @contextmanager
@@ -114,13 +133,27 @@ def _rounded_weights(model: Transformer, settings: QuantSettings, ranges: Ranges
     def grid(name, like):
         return make_grid(*ranges[name], settings.weight_bits, "symmetric", like).plain()
 
-    embeddings = {site: grid(site, table).round for site, table in _embeddings(model).items()}
+    def exact(name):
+        """Adds what rounding took from the columns that read a channel beyond the threshold."""
+
+        def function(matrix, inputs, output):
+            outliers = inputs[0].masked_fill(~beyond(inputs[0], settings.outlier_threshold), 0.0)
+            return output + nn.functional.linear(outliers, originals[name] - matrix.weight)
+
+        return function
+
+    embeddings, handles = {site: grid(site, table).round for site, table in _embeddings(model).items()}, []
     try:
         for name, weight in _weights(model).items():
             weight.data = grid(name, weight.data).round(weight.data)
+            if settings.outlier_threshold and weight.ndim == 2:
+                matrix = model.get_submodule(name.removesuffix(".weight"))
+                handles.append(matrix.register_forward_hook(exact(name)))
         with hooked(model, embeddings):
             yield
     finally:
+        for handle in handles:
+            handle.remove()
         for name, weight in _weights(model).items():
             weight.data = originals[name]
 
@@ -131,7 +164,25 @@ def _running(model: Transformer, settings: QuantSettings) -> dict[str, RunningRa
         return {}
     kinds = dict.fromkeys(_activation_sites(model, settings), settings.granularity)
     kinds |= {site: "tensor" for site in kinds if site.split(".")[-1] in _NO_CHANNELS}
-    return {site: RunningRange(settings.momentum, settings.percentile, kind) for site, kind in kinds.items()}
+    shared = {"momentum": settings.momentum, "percentile": settings.percentile}
+    return {
+        site: RunningRange(**shared, granularity=kind, threshold=_threshold(site, settings))
+        for site, kind in kinds.items()
+    }
+
+
+def _threshold(site: str, settings: QuantSettings) -> float:
+    return 0.0 if site.split(".")[-1] in _NO_CHANNELS else settings.outlier_threshold
+
+
+def _decomposed(rounding: Callable[[Tensor, bool], Tensor], threshold: float) -> Callable[[Tensor, bool], Tensor]:
+    """Rounding of x but for the channels with an entry beyond the threshold; 0: of all of x."""
+
+    def function(x, own):
+        kept = beyond(x, threshold)
+        return torch.where(kept, x, rounding(x.masked_fill(kept, 0.0), True))
+
+    return function if threshold else rounding
 
 
 @contextmanager
@@ -175,7 +226,8 @@ def _follow(model, batches, running: list[dict[str, RunningRange]], bits: int = 
             waiting.discard(site)
             if not waiting:
                 raise _Done
-            return make_grid(*ends, bits, "asymmetric", x).round(x, own) if bits else None
+            if bits:  # of one setting
+                return _decomposed(make_grid(*ends, bits, "asymmetric", x).round, one.threshold)(x, own)
 
         return function
 
@@ -200,8 +252,8 @@ def calibrate(model: Transformer, batches: Iterable[Batch], settings: QuantSetti
 
     Args:
         batches: from the training split; all of them are used. Padding is calibrated on like the rest.
-        weights: the ranges of weights, if they are known: those of another setting with the same estimator, margin
-            and bits.
+        weights: the ranges of weights, if they are known: those of another setting with the same estimator,
+            granularity, margin and bits.
 
     Returns:
         Site or weight name -> (low, high); per token, whose ranges are not static, weights alone.
@@ -235,7 +287,7 @@ def table(model: Transformer, settings, batches, score: Callable, calibration: C
     settings, batches, weights, scores = list(settings), list(batches), {}, []
     floats = _in_float(model, batches, settings) if calibration == "float" else [None] * len(settings)
     for one, found in zip(settings, floats, strict=True):
-        searched = (one.weights, one.margin, one.weight_bits) if one.weights == "mse" else one.weights
+        searched = (one.margin, one.weight_bits) if one.weights == "mse" else one.weight_granularity
         if searched not in weights:
             weights[searched] = _weight_ranges(model, one)
         own = weights[searched]
@@ -247,7 +299,7 @@ def table(model: Transformer, settings, batches, score: Callable, calibration: C
 
 def _in_float(model: Transformer, batches: list[Batch], settings: Sequence[QuantSettings]) -> list[Ranges]:
     """The ranges of activations for each of the settings, in one pass of the model as it is."""
-    kinds = [(one.momentum, one.percentile, one.granularity, one.skip) for one in settings]
+    kinds = [(one.momentum, one.percentile, one.granularity, one.skip, one.outlier_threshold) for one in settings]
     running = {kind: _running(model, one) for kind, one in zip(kinds, settings, strict=True)}
     found = dict(zip(running, _follow(model, batches, list(running.values())), strict=True))
     return [found[kind] for kind in kinds]
@@ -274,9 +326,10 @@ def quantized(model: Transformer, settings: QuantSettings, ranges: Ranges):
     def by_token(x, own):
         return make_grid(*minmax_range(x, "token"), bits, "asymmetric", x).round(x, own)
 
-    def static(site):
-        return by_token if tokens else make_grid(*ranges[site], bits, "asymmetric", like).plain().round
+    def rounding(site):
+        whole = by_token if tokens else make_grid(*ranges[site], bits, "asymmetric", like).plain().round
+        return _decomposed(whole, _threshold(site, settings))
 
-    rounded, embeddings = {site: static(site) for site in sites}, len(_embeddings(model))
+    rounded, embeddings = {site: rounding(site) for site in sites}, len(_embeddings(model))
     with _rounded_weights(model, settings, ranges), _hooked(model, rounded, embeddings):
         yield model

@@ -193,12 +193,18 @@ def _rounding_errors(x: Tensor, grids: Grid) -> Tensor:
     return torch.cat(found) + ordered.square().sum()
 
 
+def beyond(x: Tensor, threshold: float) -> Tensor:
+    """Which channels have an entry with |x| above the threshold: (..., D) -> (D,) bool."""
+    return (x.abs() > threshold).flatten(0, -2).any(0)
+
+
 @dataclass
 class RunningRange:
     """A range that follows its batches: the first sets it, later ones move it by 1 - momentum.
 
     With `percentile` below 100 the ends are percentiles instead of the extremes; with granularity `channel`
-    every channel has its own. No bias correction: of 16 batches at momentum 0.9 the first weighs 0.9^15 = 0.21.
+    every channel has its own; with a `threshold` the channels `beyond` it in a batch count as zeros there. No bias
+    correction: of 16 batches at momentum 0.9 the first weighs 0.9^15 = 0.21.
 
     Source: bondarenko2023, section 5 (running min-max of activations), as its released code does it.
     """
@@ -207,9 +213,11 @@ class RunningRange:
     percentile: float = 100.0
     granularity: str = "tensor"
     ends: Ends | None = None
+    threshold: float = 0.0
 
     def update(self, x: Tensor) -> Ends:
         """Take in one batch; returns the range so far."""
+        x = x.masked_fill(beyond(x, self.threshold), 0.0) if self.threshold else x
         whole = self.percentile == 100
         new = minmax_range(x, self.granularity) if whole else percentile_range(x, self.percentile)
         self.ends = new if self.ends is None else (1 - self.momentum) * new + self.momentum * self.ends

@@ -69,7 +69,8 @@ class TransformerConfig:
     gain_on: Literal["both", "attention", "mlp"] = "both"  # the branches that have the residual_gain
     dropout: params.Fraction = 0.0  # on both branches, as in OPT; embeddings and attention probabilities have none
     init_std: params.Positive = 0.02  # of every matrix and embedding
-    head: Literal["tied", "untied", "mlm", "none"] = "tied"  # mlm: dense, activation, norm, tied with a bias
+    # biased: untied with a bias; mlm: dense, activation, norm, tied with a bias
+    head: Literal["tied", "untied", "biased", "mlm", "none"] = "tied"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
 
@@ -232,7 +233,7 @@ class Block(nn.Module):
 class Head(nn.Module):
     """The last hidden state (B, T, D) -> logits (B, T, V), with the token embedding's matrix or its own.
 
-    `mlm` is BERT's: dense, activation and norm come first, and each token has a bias.
+    `mlm` is BERT's: dense, activation and norm come first, and each token has a bias, as it has with `biased`.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -241,8 +242,9 @@ class Head(nn.Module):
         self.activation = make_activation(config.activation, config.leaky_relu_slope)
         self.dense = nn.Linear(width, width) if mlm else None
         self.norm = nn.LayerNorm(width, config.norm_eps) if mlm else None
-        self.weight = nn.Parameter(torch.empty(config.vocab, width)) if config.head == "untied" else None
-        self.bias = nn.Parameter(torch.zeros(config.vocab)) if mlm else None
+        own, biased = config.head in ("untied", "biased"), config.head in ("biased", "mlm")
+        self.weight = nn.Parameter(torch.empty(config.vocab, width)) if own else None
+        self.bias = nn.Parameter(torch.zeros(config.vocab)) if biased else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, T, D) and (V, D) -> (B, T, V)."""
