@@ -79,6 +79,8 @@ def expected(rules):
         ("value-gain", "value gain 1", "value gain 0.1", "higher"),
     ):
         found[f"he2024-{id}"] = of(more, "peak", forms) / of(less, "peak", forms), rule, True
+    toy = read("laboratory").pivot(index="seed", columns="method", values="kurtosis") - 1
+    found["he2024-lab-gain-free"] = toy["Pre-SRMSNorm"] / toy["vanilla"], "share", True
     margins = rules | {"-fp_cost": -rules["fp_cost"]}
     return {id: (values, margins[rule], ratio) for id, (values, rule, ratio) in found.items()}
 
@@ -92,7 +94,7 @@ def test_every_verdict_follows_from_the_tables(committed, rules):
             id
         )
         assert row["verdict"].split(":")[0] == judged(list(values), margin, ratio), id
-        assert row["margin"] == margin and row["ratio"] == ratio and row["n"] == 3
+        assert row["margin"] == margin and row["ratio"] == ratio and row["n"] == len(values)
 
 
 def test_the_largest_correlation_and_the_least_entropy_are_those_of_the_layers():

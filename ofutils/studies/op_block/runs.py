@@ -196,15 +196,19 @@ def claims(
     return found
 
 
-def form_claims(forms: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
+def form_claims(forms: pd.DataFrame, toy: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
     """What is judged of the forms between Pre-LN and the OP block, in the form of `claims`.
 
     Args:
         forms: from `trajectories.peaks`, of the runs of 07_op_block_forms.
+        toy: from `laboratory.table`, of the recipes laboratory and laboratory_optimizers.
     """
     peak = forms.pivot(index="seed", columns="method", values="peak")
     whole, said = "norms before QK, V and MLP", "{}: its peak under that of {}, by a factor of"
-    return [
+    excess = toy.pivot(index="seed", columns="method", values="kurtosis") - 1
+    free = excess["Pre-SRMSNorm"] / excess["vanilla"]
+    found = [("he2024-lab-gain-free", "laboratory: SRMSNorm's kurtosis - 1 over LayerNorm's", free, "share", True)]
+    return found + [
         (f"he2024-{id}", said.format(less, more), peak[more] / peak[less], margin, True)
         for id, more, less, margin in (
             ("positions-v", whole, "QK-norm, norm before V", "factor"),

@@ -18,6 +18,8 @@ COLORS = {
     "SOAP": "#009E73",
     "Muon": "#D55E00",
 }
+#: What these optimizers are called among the methods of the laboratory.
+LABORATORY = {"vanilla": "AdamW", "vanilla + SOAP": "SOAP"}
 #: Of the residual MLP: SGD bright, Adam dark.
 PAIR = {
     "Adam, Pre-SRMSNorm": "#000000",
@@ -63,3 +65,21 @@ def overview(runs: pd.DataFrame, steps: pd.DataFrame, rate: float, own: dict[str
 def shades(names: list) -> dict:
     """A colour for each of an ordered row of names, light to dark."""
     return dict(zip(names, plt.get_cmap("viridis_r")(np.linspace(0.1, 1, len(names))), strict=True))
+
+
+def in_the_laboratory(runs: pd.DataFrame, title: str) -> Figure:
+    """Kurtosis against attention to the start, and against the loss; a dot is a run.
+
+    Args:
+        runs: from `laboratory.table`, with `excess`, the kurtosis less 1, and methods of `COLORS`.
+    """
+    fig, axs = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    style = {"y": "excess", "hue": "method", "palette": COLORS, "s": 55}
+    sns.scatterplot(runs, x="sink", ax=axs[0], legend=False, **style)
+    sns.scatterplot(runs, x="above bound", ax=axs[1], **style)
+    axs[0].set(xlim=(0, 1), xlabel="attention to <s> (probs)", ylabel="neuron kurtosis - 1 (resid_post)")
+    axs[1].set(xlabel="loss above that of the true predictor, nats")
+    plots.log_scale(axs[0], "y")
+    sns.move_legend(axs[1], "center left", bbox_to_anchor=(1, 0.5), title="")
+    fig.suptitle(title, x=0, ha="left")
+    return fig

@@ -89,3 +89,23 @@ def _eps_claims(eps: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]
         ),
         ("he2024-eps-loss", "Pre-LN's loss at eps 1e-4 lies below that at 1e-8 by (nats)", saved, "-fp_cost", False),
     ]
+
+
+def laboratory_claims(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
+    """What is judged of the laboratory's runs, in the form of `claims`.
+
+    Args:
+        runs: from `laboratory.table`, of the recipes laboratory and laboratory_optimizers.
+    """
+    named = runs.assign(excess=runs["kurtosis"] - 1, method=runs["method"].replace("vanilla", "AdamW"))
+    excess = named.pivot(index="seed", columns="method", values="excess")
+    pairs = (
+        ("he2024-lab-shampoo-peak", "AdamW", "Shampoo", "factor"),
+        ("he2024-lab-rotation-peak", "AdaFactor", "rotated AdaFactor", "factor"),
+        ("he2024-lab-adafactor-peak", "AdaFactor", "AdamW", "share"),
+        ("", "AdamW", "Muon", "factor"),
+    )
+    return [
+        (id, f"laboratory: {over}'s kurtosis - 1 over {under}'s", excess[over] / excess[under], margin, True)
+        for id, over, under, margin in pairs
+    ]
