@@ -128,10 +128,7 @@ def _of_one_text(job: Job, records: list[dict]) -> bool:
 
 
 def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Outcome:
-    """Train the run of a job, measure and quantize it, and write a record of each; or recall them.
-
-    Calibration batches come from the training split, drawn by the run's seed in an order of their own.
-    """
+    """Train the run of a job, measure and quantize it, and write a record of each; or recall them."""
     if known := recall(job):
         return known
     if job.published:
@@ -150,13 +147,18 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     evaluation = batches.fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, context)
     store, environment = train.store(), params.environment() | {"corpus": tokens.corpus}
     results = [_measured(model, evaluation, job.evaluation)]
-    drawn = batches.Batches(tokens.train, job.evaluation.batch, context, seed=10_000 + job.config.seed)
-    calibration = [drawn.at(number) for number in range(job.settings[0].batches if job.settings else 0)]
-    losses = quant.table(model, job.settings, calibration, lambda: measure(model, evaluation, loss=clm_loss).loss)
+    rows = calibration(job, tokens)
+    losses = quant.table(model, job.settings, rows, lambda: measure(model, evaluation, loss=clm_loss).loss)
     results += [{"loss": loss} for loss in losses]
     for entry, result in zip(_entries(job), results, strict=False):
         store.write(*entry, result, environment)
     return _read(job, run, results + _over_training(job, evaluation, {"corpus": tokens.corpus}))
+
+
+def calibration(job: Job, tokens: data.Tokens) -> list:
+    """Batches of the training split, drawn by the run's seed in an order of their own."""
+    drawn = batches.Batches(tokens.train, job.evaluation.batch, job.config.model.context, 10_000 + job.config.seed)
+    return [drawn.at(number) for number in range(job.settings[0].batches if job.settings else 0)]
 
 
 def _measured(model, rows: list, asked: Evaluation) -> dict:

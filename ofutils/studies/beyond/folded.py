@@ -1,0 +1,150 @@
+"""Remedies of training against what is folded into a trained model, at equal bits.
+
+python -m ofutils.studies.beyond.folded    folds and rounds what has no record yet, and adds to figures/records;
+                                           weights that are not here are trained
+flags: --workers
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+from torch import nn
+
+from ofutils import UserError, params, pool, probes, quant, sweep, train
+from ofutils.batches import fixed_batches
+from ofutils.quant import QuantSettings
+from ofutils.records import differing
+from ofutils.remedies import LLM_INT8, rotate, smooth
+from ofutils.transformer import clm_loss
+
+#: What is done to a trained model, given rows to calibrate on and a seed.
+FOLDS: dict[str, Callable[[nn.Module, list, int], nn.Module]] = {
+    "as trained": lambda model, rows, seed: model,
+    "SmoothQuant": lambda model, rows, seed: smooth(model, rows),
+    "rotation": lambda model, rows, seed: rotate(model, seed),
+    "both": lambda model, rows, seed: smooth(rotate(model, seed), rows),
+}
+_BITS = ((8, 8), (6, 6), (4, 8), (4, 4))
+_FINE = {"weights": "minmax", "granularity": "token", "weight_granularity": "channel"}
+#: How it is rounded: one range a tensor; one a token and output channel; and that with outliers in full precision.
+SETTINGS = {
+    "per tensor": tuple(QuantSettings(weight_bits=w, activation_bits=a, margin=0) for w, a in _BITS),
+    "per token and channel": tuple(QuantSettings(weight_bits=w, activation_bits=a, **_FINE) for w, a in _BITS),
+    "LLM.int8()": (LLM_INT8,),
+}
+#: Recipes whose runs are folded, at scale small, by what they are trained on.
+RECIPES = {"text": "03_quant", "laboratory": "laboratory_int8"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run, and what is folded into it."""
+
+    trained_on: str
+    fold: str
+    job: sweep.Job
+
+    @property
+    def label(self) -> str:
+        """For failures."""
+        return f"{self.trained_on}, {self.job.label}, {self.fold}"
+
+    @property
+    def key(self) -> dict:
+        """What the record is filed under."""
+        settings = [differing(one) for group in SETTINGS.values() for one in group]
+        return {"run": differing(self.job.config), "fold": self.fold, "settings": settings}
+
+
+def tasks() -> list[Task]:
+    """Every fold of every run, seed after seed."""
+    jobs = [(name, job) for name, recipe in RECIPES.items() for job in sweep.read_recipe(recipe, "small").jobs]
+    wanted = [Task(name, fold, job) for name, job in jobs for fold in FOLDS]
+    return sorted(wanted, key=lambda task: task.job.config.seed)
+
+
+def recall(task: Task) -> dict | None:
+    """The record of a task, or None."""
+    return train.store().find("folded", task.key)
+
+
+def perform(task: Task, report: Callable[[int, float], None] = lambda step, loss: None) -> dict:
+    """Fold, round, measure and write the record; or recall it.
+
+    Returns:
+        A record whose result has `loss` in full precision (nats), `kurtosis`, the largest neuron kurtosis over blocks
+        of the stream (`resid_post`), and `rounded`, the loss under each of SETTINGS in order; or `refused`, why the
+        model leaves no place for it.
+    """
+    if known := recall(task):
+        return known
+    job, config = task.job, task.job.config
+    run = train.train(config)
+    run = run if run.has_weights else train.train(config, again=True)
+    tokens, model = train.load_tokens(config), run.load()
+    rows = fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, config.model.context)
+    drawn = sweep.calibration(job, tokens)
+    try:
+        folded = FOLDS[task.fold](model, drawn, config.seed)
+        exact = probes.measure(folded, rows, "resid_post", clm_loss, ("neuron_kurtosis",)).summary()
+        kurtosis = max(site["neuron_kurtosis"] for site in exact["sites"].values())
+        settings = [one for group in SETTINGS.values() for one in group]
+        rounded = quant.table(folded, settings, drawn, lambda: probes.measure(folded, rows, loss=clm_loss).loss)
+        result = {"loss": exact["loss"], "kurtosis": kurtosis, "rounded": rounded}
+    except UserError as error:
+        result = {"refused": str(error)}
+    report(1, result.get("loss", 0.0))
+    return train.store().write("folded", task.key, result, run.record["environment"])
+
+
+def table(wanted: list[Task]) -> pd.DataFrame:
+    """What rounding costs, of the tasks that are recorded and were not refused.
+
+    Returns:
+        One row per task and setting: `trained on`; method; seed; fold; `ranges`, a key of SETTINGS; `bits`, as W8A8;
+        `loss` in full precision and `cost`, what rounding adds to it (nats); `kurtosis`.
+    """
+    rows = []
+    for task, record in ((task, recall(task)) for task in wanted):
+        if record is None or "refused" in record["result"]:
+            continue
+        found = record["result"]
+        about = {"trained on": task.trained_on, "method": task.job.method, "seed": task.job.config.seed}
+        about |= {"fold": task.fold, "loss": found["loss"], "kurtosis": found["kurtosis"]}
+        labels = [(ranges, one) for ranges, group in SETTINGS.items() for one in group]
+        for (ranges, one), loss in zip(labels, found["rounded"], strict=True):
+            bits = f"W{one.weight_bits}A{one.activation_bits}"
+            rows.append(about | {"ranges": ranges, "bits": bits, "cost": loss - found["loss"]})
+    return pd.DataFrame(rows)
+
+
+def refusals(wanted: list[Task]) -> pd.Series:
+    """Method and fold -> why there is no place for it."""
+    found = {(task.job.method, task.fold): recall(task) for task in wanted}
+    return pd.Series(
+        {key: one["result"]["refused"] for key, one in found.items() if one and "refused" in one["result"]}
+    )
+
+
+@params.settings
+class Command:
+    """Flags of `python -m ofutils.studies.beyond.folded`."""
+
+    workers: int = -1  # -1: one per core
+
+
+def main(arguments: list[str]) -> None:
+    """The command line."""
+    if {"-h", "--help"} & set(arguments):
+        return print(__doc__)
+    command, wanted = params.read(Command, arguments), tasks()
+    workers = None if command.workers < 0 else command.workers
+    pool.finish(perform, wanted, [0 if recall(task) else 1 for task in wanted], workers)
+    at = ["trained on", "ranges", "bits", "method", "fold"]
+    print(table(wanted).groupby(at, sort=False)["cost"].mean().unstack().round(4).to_string())
+    print("records written to", train.store().export([*map(recall, wanted)], "folded.small"))
+
+
+if __name__ == "__main__":
+    params.main_guard(main)
