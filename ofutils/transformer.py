@@ -1,6 +1,7 @@
 """One transformer with named sites, by configuration: the OPT recipe, its remedies, the OP block and what lies
 between it and pre-norm, and the forms of BERT, RoBERTa, GPT-2 and GPT-NeoX."""
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -372,3 +373,15 @@ def clm_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """
     targets = F.pad(ids[:, 1:], (0, 1), value=-100)  # ignored; a slice of the logits would be copied, both ways
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def lm_loss(logits: Tensor, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """The mean loss (nats) of what a batch asks for: `clm_loss` of a tensor, else the `labels` of a mapping.
+
+    Args:
+        logits: (B, T, V).
+        batch: ids (B, T), or a mapping with `labels` (B, T): the true id where one is to be predicted, else -100.
+    """
+    if torch.is_tensor(batch):
+        return clm_loss(logits, batch)
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
