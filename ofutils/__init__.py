@@ -24,7 +24,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     1      plots        theme, colours keyed by method, `save`
     1      sources      what each notebook loads from the Hub, by scale
     1      hub          checkpoints and data by name and revision, the packaged MiniLM, a stand-in
-    1      batches      batches by number, cut from one long row of ids
+    1      batches      batches by number, cut from one long row of ids, plain or masked
     1      backcopy     a task whose best predictor needs heads that do nothing
     2      data         corpora and their tokenizer
     2      frequency    how often each token occurs: shipped counts, a text's own

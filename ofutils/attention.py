@@ -1,4 +1,4 @@
-"""What attention heads are made of: softmax and its clipped form, the cap on its scores, gates, rotary positions."""
+"""What attention heads are made of: softmax and what may stand in its place, gates, rotary positions."""
 
 import math
 from functools import partial
@@ -17,12 +17,18 @@ class AttentionConfig:
 
     Clipped softmax: set `gamma`, or `alpha` for gamma = -alpha / context. OP block: `qk_norm`, or `tanh_cap` in its
     place, against the collapse of attention's entropy. Value-SkipInit: `value_skip` 1 and `value_gain` below 1.
+
+    A causal query t sees t keys, so that one gamma for all is too weak for the first and too strong for the last:
+    `row_aware` takes -alpha / t, a control for the clipped softmax's failure on OPT that none of the papers has.
     """
 
     gamma: Annotated[float, "at most 0"] = 0.0  # clipped softmax; 0 with zeta 1 is the plain one
     alpha: params.NotNegative = 0.0  # clipped softmax, by gamma = -alpha / context
     zeta: Annotated[float, "at least 1"] = 1.0  # clipped softmax
+    row_aware: bool = False  # alpha, or the sigmoid's bias, by the keys that a query sees, not by the context
     off_by_one: bool = False  # softmax with a one more in its denominator
+    sink_logit: bool = False  # softmax over one more key, with a trained score per head and nothing to say
+    sigmoid: bool = False  # sigmoid(score - log context) in place of the softmax
     gate: Literal["none", "linear", "mlp", "all_heads"] = "none"
     gate_hidden: params.Count = 4  # width of the hidden layer of the mlp gate
     pi_init: Annotated[float, "above 0", "below 1"] = 0.5  # the gate's value at a zero input
@@ -33,7 +39,11 @@ class AttentionConfig:
 
     def __post_init__(self):
         params.require(not (self.alpha and self.gamma), "set gamma or alpha, not both")
-        params.require(not (self.clips and self.off_by_one), "the softmax is clipped or off by one, not both")
+        forms = (self.clips, self.off_by_one, self.sink_logit, self.sigmoid)
+        params.require(
+            sum(forms) <= 1, "the softmax is clipped, off_by_one, with a sink_logit or a sigmoid: choose one"
+        )
+        params.require(not self.row_aware or self.alpha or self.sigmoid, "row_aware is of alpha and of sigmoid")
 
     @property
     def clips(self) -> bool:
@@ -43,10 +53,37 @@ class AttentionConfig:
     @property
     def plain(self) -> bool:
         """Whether the softmax is the usual one, of scores without a cap."""
-        return not (self.clips or self.off_by_one or self.tanh_cap)
+        return not (self.clips or self.off_by_one or self.sink_logit or self.sigmoid or self.tanh_cap)
 
 
-def clipped_softmax(scores: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
+def probabilities(scores: Tensor, own: AttentionConfig, keys: float | Tensor, sink: Tensor | None = None) -> Tensor:
+    """What each query takes of each key's value, in the form that is configured: the site `probs`.
+
+    The sum of a row: 1 with the softmax; below 1 off by one and with a sink logit, where the rest is what the sink
+    takes; at most 1 clipped (zeta 1), 0 where all is clipped; with `sigmoid` anything between 0 and the number t of
+    keys, at scores of 0 t / (keys + 1).
+
+    Args:
+        scores: (B, H, T, T), scaled, capped, and -inf where a key is not seen.
+        keys: the T in gamma = -alpha / T and in the sigmoid's bias -log T: the context, or (.., T, 1), how many keys
+            each query sees.
+        sink: (H,), the trained scores of `sink_logit`.
+
+    Returns:
+        (B, H, T, T) in [0, 1].
+
+    Source: sigmoid: Ramapuram et al. 2024, *Theory, analysis, and best practices for sigmoid self-attention*, whose
+        bias is -log of the row's length. Departure: here of the context, as with alpha, or with `row_aware` of the
+        keys that are seen.
+    """
+    if own.sigmoid:
+        return torch.sigmoid(scores - (keys.log() if torch.is_tensor(keys) else math.log(keys)))
+    if own.off_by_one or own.sink_logit:
+        return softmax_off_by_one(scores, sink)
+    return clipped_softmax(scores, -own.alpha / keys if own.alpha else own.gamma, own.zeta)
+
+
+def clipped_softmax(scores: Tensor, gamma: float | Tensor, zeta: float = 1.0) -> Tensor:
     """Softmax stretched to [gamma, zeta] and clipped to [0, 1]: exact zeros at finite scores.
 
     clip((zeta - gamma) softmax(scores) + gamma, 0, 1). A head can then do nothing without pushing its
@@ -55,7 +92,8 @@ def clipped_softmax(scores: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
 
     Args:
         scores: (..., T, T), scaled and masked.
-        gamma: at most 0; -0.025 for BERT, -12/512 for OPT in the paper. 0 with zeta 1 is the softmax.
+        gamma: at most 0; -0.025 for BERT, -12/512 for OPT in the paper. 0 with zeta 1 is the softmax. Or (.., T, 1),
+            one for each query.
         zeta: at least 1.
 
     Returns:
@@ -64,20 +102,23 @@ def clipped_softmax(scores: Tensor, gamma: float, zeta: float = 1.0) -> Tensor:
     Source: bondarenko2023, Eq 4.
     """
     probs = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    if gamma == 0 and zeta == 1:
+    if not torch.is_tensor(gamma) and gamma == 0 and zeta == 1:
         return probs.to(scores.dtype)
     return ((zeta - gamma) * probs + gamma).clamp(0, 1).to(scores.dtype)
 
 
-def softmax_off_by_one(scores: Tensor) -> Tensor:
+def softmax_off_by_one(scores: Tensor, sink: Tensor | None = None) -> Tensor:
     """exp(s_i) / (1 + sum of exp(s_j)): as if one more key had score 0 and nothing to say, so that a head can idle.
 
     Args:
         scores: (..., T, T), scaled and masked.
+        sink: (H,), that key's score by head for scores (..., H, T, T); by default 0.
 
-    Source: Miller 2023, *Attention is off by one*; none of the three papers has it.
+    Source: Miller 2023, *Attention is off by one*; with a trained score OpenAI's gpt-oss, 2025. None of the three
+        papers has either.
     """
-    return F.softmax(F.pad(scores, (0, 1)), dim=-1)[..., :-1]
+    last = scores.new_zeros(1) if sink is None else sink[:, None, None]
+    return F.softmax(torch.cat([scores, last.expand(*scores.shape[:-1], 1)], -1), dim=-1)[..., :-1]
 
 
 def capped(scores: Tensor, cap: float) -> Tensor:

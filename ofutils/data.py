@@ -232,6 +232,7 @@ class Tokens:
     train: np.ndarray  # (N,) uint16 or int32
     validation: np.ndarray
     tokenizer_path: Path
+    special: tuple[int, ...] = (0,)  # ids that stand between texts: the end-of-text token; `<s>` of backcopy
 
     @cached_property
     def tokenizer(self):

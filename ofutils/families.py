@@ -82,8 +82,13 @@ def from_hf(model) -> Transformer:
 def opt_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state of an OPT, under Hugging Face's names, renamed for `Transformer`.
 
-    Gates in the form of bondarenko2023's code (`self_attn.alpha.<head>.{weight,bias}`, one linear map a
-    head) are stacked over the heads. A head equal to the embedding is left out: it is tied.
+    Gates in the forms of bondarenko2023's code become those of `attention.Gate`: `linear` from
+    `self_attn.alpha.<head>`, `mlp` from `self_attn.alpha.<head>.0` and `.2` (`gate_hidden` is K / 4 with their
+    `attn_gate_mlp`, K with `attn_gate_mlp2`), `all_heads` from `self_attn.alpha`, each with a weight and a bias.
+    A head equal to the embedding is left out: it is tied.
+
+    What such a state does not tell: whether gates were averaged over tokens (`conditional_per_head`) or multiplied
+    by 1 / pi_init (`fine_tuning`), neither of which `Transformer` has, and how the softmax was clipped.
 
     Raises:
         UserError: a parameter that has no place in `Transformer`.
@@ -92,7 +97,7 @@ def opt_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def bert_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a BERT, likewise (gates: `attention.self.alpha.<head>.{weight,bias}`)."""
+    """The state of a BERT, likewise (gates: `attention.self.alpha`)."""
     return _renamed(state, "bert")
 
 
@@ -144,7 +149,7 @@ def _renamed(state: dict[str, Tensor], family: str, heads: int = 0) -> dict[str,
     names = {
         where[0]: MODULES.get(site, site)
         for site, where in SITES[family].items()
-        if where[1] == "output" or site == "blocks.*.mlp_in"
+        if where[1:] == ("output",) or site == "blocks.*.mlp_in"
     } | PARAMETERS[family]
     found: dict[str, Tensor] = {}
     gates: dict[str, dict[int, Tensor]] = {}
@@ -152,8 +157,10 @@ def _renamed(state: dict[str, Tensor], family: str, heads: int = 0) -> dict[str,
         module, kind = name.removeprefix(_PREFIXES[family]).rsplit(".", 1)
         layer = "".join(re.findall(r"\.(\d+)(?:\.|$)", module)[:1])
         ours = names.get(re.sub(r"\.\d+\.", ".*.", module, count=1), "")
-        if gate := re.search(r"\.alpha\.(\d+)$", module):
-            gates.setdefault(f"blocks.{layer}.attention.gate.{kind}", {})[int(gate[1])] = tensor.squeeze(0)
+        if gate := re.search(r"\.alpha(?:\.(\d+)(?:\.([02]))?)?$", module):
+            head, inner = gate[1], gate[2] == "0"
+            own = enumerate(tensor) if head is None else [(int(head), tensor if inner else tensor.squeeze(0))]
+            gates.setdefault(f"blocks.{layer}.attention.gate.{kind}" + "_in" * inner, {}).update(own)
         elif ours == "":
             raise UserError(f"no place for the parameter {name} in a {family} model")
         elif ours is not None:

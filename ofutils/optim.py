@@ -28,7 +28,7 @@ def schedule(step: int, steps: int, warmup: int, decay: float = 1.0) -> float:
 def groups(model: nn.Module, weight_decay: float, decay_norm: bool = False) -> list[dict]:
     """Parameters with and without weight decay.
 
-    Matrices and embeddings decay; biases (gates' too) and residual gains do not; the gains of norms do
+    Matrices and embeddings decay; biases (gates' too), sink logits and residual gains do not; the gains of norms do
     only with `decay_norm` (bondarenko2023's `--wd_LN_gamma`, which changes OPT's outliers: its Table 6).
     """
     decayed, plain = [], []

@@ -11,7 +11,7 @@ a name, the bare name `resid_post` (in every block), or a glob such as `blocks.[
     embed(model, batches)              one vector per row
 
 A batch is a tensor, the model's first argument, or a mapping of its arguments such as a tokenizer gives;
-`attention_mask` in it says which tokens are padding.
+`attention_mask` in it says which tokens are padding; `labels` are for the loss, the model does not get them.
 """
 
 import fnmatch
@@ -206,7 +206,7 @@ def ids_and_mask(batch: Batch) -> tuple[Tensor, Tensor]:
 def run(model: nn.Module, batch: Batch) -> Tensor:
     """The model's output on a batch, which is moved to the model's device."""
     batch, _ = _moved(batch, next(model.parameters()).device)
-    return model(batch) if torch.is_tensor(batch) else model(**batch)
+    return model(batch) if torch.is_tensor(batch) else model(**{k: v for k, v in batch.items() if k != "labels"})
 
 
 def _moved(batch: Batch, device) -> tuple[Batch, Tensor | None]:

@@ -3,7 +3,7 @@
 Grids are uniform: symmetric for weights, with one range per tensor, and asymmetric for activations: one static
 range per tensor as in the papers (bondarenko2023, section 5, and he2024, Table 2), or, to see where the damage comes
 from, one per channel or per token. The grids and ranges are those of `quantizers`. The head, the biases and the gates
-stay in full precision, as in the authors' runs (`fp32_head`), and so do the residual gains.
+stay in full precision, as in the authors' runs (`fp32_head`), and so do the residual gains and the sink logits.
 
 What the papers do not have: a range for every output channel of a matrix (`weight_granularity`), and the mixed
 decomposition of LLM.int8() (`outlier_threshold`; Dettmers et al. 2022): channels of an activation with an entry

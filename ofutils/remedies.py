@@ -59,8 +59,8 @@ def heal(
     the scale of x, so shrinking everything wins nothing. AdamW (betas 0.9 and 0.99, no weight decay, gradients
     of norm 1 at most) moves all but the token embedding.
 
-    Gates start at `pi_init` for every input, whatever it is: near 1, the copy starts near the original. A clipped
-    softmax starts as far from it as the clipping takes it.
+    Gates start at `pi_init` for every input, whatever it is: near 1, the copy starts near the original. Another
+    softmax, clipped or with a sink logit, starts as far from it as that takes it.
 
     Args:
         model: from `families.from_hf`, or one of ours, with plain attention; it is left as it is.
@@ -112,8 +112,8 @@ def _copy(model: Transformer, attention: AttentionConfig) -> Transformer:
 
 
 def _gates(model: Transformer) -> dict[str, Tensor]:
-    """The state of fresh gates that look at nothing."""
-    state = {name: value for name, value in model.state_dict().items() if ".gate." in name}
+    """The state of fresh gates that look at nothing, and of fresh sink logits."""
+    state = {n: value for n, value in model.state_dict().items() if ".gate." in n or n.endswith(".attention.sink")}
     return {name: torch.zeros_like(value) if name.endswith(".weight") else value for name, value in state.items()}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ofutils import UserError, params
+from ofutils.batches import SHARE, hidden
 from ofutils.data import Corpus
 
 #: Kinds of tokens. Start and separator are BERT's [CLS] and [SEP], RoBERTa's <s> and </s>.
@@ -53,10 +54,10 @@ def first_sentence(node) -> str:
     return " ".join(ast.get_docstring(node).partition("\n\n")[0].split()).partition(". ")[0]
 
 
-def mask_tokens(batch: dict[str, Tensor], tokenizer, seed: int, share: float = 0.15) -> tuple[dict, Tensor]:
+def mask_tokens(batch: dict[str, Tensor], tokenizer, seed: int, share: float = SHARE) -> tuple[dict, Tensor]:
     """A batch for masked-token prediction: of the tokens that are not special, a share is to be predicted.
 
-    Of those, 80% become the mask token, 10% a random token, 10% stay (Devlin et al. 2019).
+    Of those, most become the mask token, see `batches.hidden`.
 
     Returns:
         The batch with other `input_ids`, and the labels (B, T): the true id where it is to be predicted, else -100.
@@ -67,9 +68,8 @@ def mask_tokens(batch: dict[str, Tensor], tokenizer, seed: int, share: float = 0
     draw = torch.rand(ids.shape, generator=generator)
     asked = (draw < share) & ~special & batch["attention_mask"].bool()
     other = torch.randint(len(tokenizer), ids.shape, generator=generator)
-    masked = torch.where(asked & (draw < 0.8 * share), tokenizer.mask_token_id, ids)
-    masked = torch.where(asked & (draw >= 0.8 * share) & (draw < 0.9 * share), other, masked)
-    return batch | {"input_ids": masked}, torch.where(asked, ids, -100)
+    masked, labels = hidden(ids, asked, draw, other, tokenizer.mask_token_id, share)
+    return batch | {"input_ids": masked}, labels
 
 
 def sentence_batches(tokenizer, sentences: list[str], batch: int = 16, longest: int = 64) -> list[dict[str, Tensor]]:

@@ -233,7 +233,11 @@ class Statistics:
 
 @dataclass
 class AttentionStatistics:
-    """Streaming statistics of attention probabilities: the site `probs`. Merges like `Statistics`."""
+    """Streaming statistics of attention probabilities: the site `probs`, as it is. Merges like `Statistics`.
+
+    Rows that do not sum to 1 (see `attention.probabilities`) are taken as they are: their entropy is the sum of
+    -p log p over the keys.
+    """
 
     sums: dict[str, Tensor] = field(default_factory=dict, repr=False)
 

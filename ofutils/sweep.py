@@ -23,7 +23,7 @@ from ofutils.records import differing
 from ofutils.resume import weights_digest
 from ofutils.streaming import STANDARD
 from ofutils.train import Published, Run, TrainConfig
-from ofutils.transformer import clm_loss
+from ofutils.transformer import lm_loss
 
 #: The text on which published checkpoints are measured, unless another is named: id, part and split of a data set.
 (HELD_OUT,) = sources.read("01_pythia_kurtosis", "paper").texts
@@ -138,17 +138,18 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     run = train.train(job.config, report=report, keep=keep)
     if run.diverged:
         return Outcome(job, run, error=f"diverged at step {run.diverged}")
-    tokens, context = train.load_tokens(job.config), job.config.model.context
+    tokens, shape = train.load_tokens(job.config), (job.evaluation.batch, job.config.model.context)
+    masks = train.masks(job.config, tokens)
     trained_on = run.record["environment"]["corpus"]
     params.require(trained_on == tokens.corpus, f"{run.config.name} was trained on another corpus than is here")
     if not run.has_weights:
         run = train.train(job.config, report=report, again=True, keep=keep)
     model = run.load()
-    evaluation = batches.fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, context)
+    evaluation = batches.fixed_batches(tokens.validation, job.evaluation.batches, *shape, masks)
     store, environment = train.store(), params.environment() | {"corpus": tokens.corpus}
     results = [_measured(model, evaluation, job.evaluation)]
-    rows = calibration(job, tokens)
-    losses = quant.table(model, job.settings, rows, lambda: measure(model, evaluation, loss=clm_loss).loss)
+    drawn = calibration(job, tokens)
+    losses = quant.table(model, job.settings, drawn, lambda: measure(model, evaluation, loss=lm_loss).loss)
     results += [{"loss": loss} for loss in losses]
     for entry, result in zip(_entries(job), results, strict=False):
         store.write(*entry, result, environment)
@@ -157,12 +158,13 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
 
 def calibration(job: Job, tokens: data.Tokens) -> list:
     """Batches of the training split, drawn by the run's seed in an order of their own."""
-    drawn = batches.Batches(tokens.train, job.evaluation.batch, job.config.model.context, 10_000 + job.config.seed)
-    return [drawn.at(number) for number in range(job.settings[0].batches if job.settings else 0)]
+    shape = job.evaluation.batch, job.config.model.context
+    drawn = batches.Batches(tokens.train, *shape, 10_000 + job.config.seed, train.masks(job.config, tokens))
+    return [batches.unpacked(drawn.at(n)) for n in range(job.settings[0].batches if job.settings else 0)]
 
 
 def _measured(model, rows: list, asked: Evaluation) -> dict:
-    return measure(model, rows, asked.sites, clm_loss, asked.meters).summary()
+    return measure(model, rows, asked.sites, lm_loss, asked.meters).summary()
 
 
 def _held_out(job: Job) -> tuple[list, str]:

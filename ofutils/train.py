@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ofutils import UserError, data, hub, optim, params, variants
-from ofutils.batches import Ahead, Batches, fixed_batches
-from ofutils.probes import measure, resolve
+from ofutils.batches import Ahead, Batches, Masks, fixed_batches, unpacked
+from ofutils.probes import Batch, measure, resolve
 from ofutils.records import Store, differing, digest, warn_of_other_corpus
 from ofutils.resume import State, log_spaced, restore, save, save_weights
 from ofutils.streaming import STANDARD
-from ofutils.transformer import Transformer, TransformerConfig, clm_loss
+from ofutils.transformer import Transformer, TransformerConfig, lm_loss
 
 SAVE_AFTER = 20  # seconds between checkpoints; has no influence on the numbers
 TELL_AFTER = 2  # seconds between reports on a GPU, where reading the loss waits for every step that is queued
@@ -46,12 +46,12 @@ class TrainConfig:
     """All that decides the numbers of a run. Its name is the hash of what differs from the defaults."""
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
-    objective: Literal["clm"] = "clm"  # causal language modelling
+    objective: Literal["clm", "mlm"] = "clm"  # causal language modelling; masked, of a model that is not causal
     start: str = ""  # name of the loaded model that training starts from; empty: a fresh one
     corpus: str = "stdlib"  # see data.tokens
     characters: params.Natural = 0  # cap on the text of each split; 0: all of it
     variant: Literal[variants.VARIANTS] = "natural"  # of the text
-    bpe: params.Natural = 0  # ids of the tokenizer; 0: as many as the model has
+    bpe: params.Natural = 0  # ids of the tokenizer; 0: as many as the model has for text, see `text_vocab`
     batch: params.Count = 16  # rows of `model.context` tokens
     steps: params.Count = 500
     warmup: params.Natural = 50  # steps of linear warm-up, then linear decay to 0
@@ -75,7 +75,15 @@ class TrainConfig:
     def __post_init__(self):
         params.require(self.model.context >= 2, "a context of one token leaves nothing to predict")
         params.require(len(self.sites) > 0, "sites must name at least one site")
-        params.require(self.bpe <= self.model.vocab, f"bpe {self.bpe} is more than model.vocab {self.model.vocab}")
+        causal = self.objective == "clm"
+        params.require(self.model.causal == causal, f"objective {self.objective} needs model.causal {causal}")
+        most = f"model.vocab {self.model.vocab} leaves for text, {self.text_vocab}"
+        params.require(self.bpe <= self.text_vocab, f"bpe {self.bpe} is more than {most}")
+
+    @property
+    def text_vocab(self) -> int:
+        """Ids that a text may have: the model's; with mlm all but the last, which is the mask token."""
+        return self.model.vocab - (self.objective == "mlm")
 
     @property
     def name(self) -> str:
@@ -171,8 +179,14 @@ def checkpoints(
 
 def load_tokens(config: TrainConfig) -> data.Tokens:
     """The tokenized corpus of a run."""
-    tokens = data.tokens(config.corpus, config.characters, config.bpe or config.model.vocab, config.model.context)
-    return variants.transformed(tokens, config.variant, config.model.vocab, config.model.context)
+    vocab, context = config.text_vocab, config.model.context
+    tokens = data.tokens(config.corpus, config.characters, config.bpe or vocab, context)
+    return variants.transformed(tokens, config.variant, vocab, context)
+
+
+def masks(config: TrainConfig, tokens: data.Tokens) -> Masks | None:
+    """How the batches of a run are masked, or None."""
+    return Masks(config.text_vocab, tokens.vocab, tokens.special) if config.objective == "mlm" else None
 
 
 def find(config: TrainConfig) -> Run | None:
@@ -193,7 +207,7 @@ class Loop:
     """What a step needs, from `prepare`.
 
     The model as it is and as it is trained (wrapped), its loss, the optimizer, and this process' rows by the batch's
-    number.
+    number, see `Batches.at`.
     """
 
     config: TrainConfig
@@ -232,7 +246,7 @@ class Loop:
 
 
 def _loss(model: nn.Module, batch: Tensor) -> Tensor:
-    return clm_loss(model(batch), batch)
+    return lm_loss(model(batch if batch.ndim == 2 else batch[:, 0]), unpacked(batch))
 
 
 def _seed_dropout(device: torch.device, seed: int) -> None:
@@ -264,7 +278,7 @@ def prepare(
     """
     world = accelerator.num_processes
     params.require(config.batch % world == 0, f"a batch of {config.batch} does not split over {world} processes")
-    batches = Batches(tokens.train, config.batch, config.model.context, config.seed)
+    batches = Batches(tokens.train, config.batch, config.model.context, config.seed, masks(config, tokens))
     part = slice(accelerator.process_index, None, world)
     ahead = accelerator.device.type == "cuda"
     rows = Ahead(batches, part, accelerator.device).at if ahead else lambda number: batches.at(number)[part]
@@ -314,13 +328,12 @@ def train(
     with accelerator.main_process_first():
         tokens = load_tokens(config)
     loop = prepare(config, tokens, accelerator, model)
-    evaluation = fixed_batches(tokens.validation, config.eval_batches, config.batch, config.model.context)
+    shape = config.eval_batches, config.batch, config.model.context
+    evaluation = fixed_batches(tokens.validation, *shape, masks(config, tokens))
     state = _begin(loop, wanted, tokens.corpus)
     report = report or _bar(config, state.step, shown=loop.writes)
     saves, tells = Every(SAVE_AFTER), Every(TELL_AFTER if accelerator.device.type == "cuda" else 0)
-    torch.set_flush_denormal(
-        True
-    )  # a saturated softmax makes numbers below 1e-38: a CPU is five times slower with them
+    torch.set_flush_denormal(True)  # a saturated softmax makes numbers below 1e-38: a CPU is five times slower then
     try:
         while state.step < config.steps and state.diverged is None:
             loss = loop.step(state.step)
@@ -372,10 +385,10 @@ def _begin(loop: Loop, wanted: tuple[int, ...], corpus: str) -> State:
     return State()
 
 
-def _measure(state: State, loop: Loop, evaluation: list[Tensor]) -> None:
+def _measure(state: State, loop: Loop, evaluation: list[Batch]) -> None:
     config = loop.config
     with loop.precision():
-        found = measure(loop.model, evaluation, config.sites, clm_loss, config.meters).summary()
+        found = measure(loop.model, evaluation, config.sites, lm_loss, config.meters).summary()
     train_loss = float(loop.accelerator.reduce(state.loss_sum, "mean")) / state.loss_count
     lr = config.lr * optim.schedule(state.step - 1, config.steps, config.warmup, config.decay)
     state.log.append({"step": state.step, "train_loss": train_loss, "lr": lr, **found})

@@ -1,6 +1,7 @@
 """One transformer with named sites, by configuration: the OPT recipe, its remedies, the OP block and what lies
 between it and pre-norm, and the forms of BERT, RoBERTa, GPT-2 and GPT-NeoX."""
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ofutils import UserError, params
-from ofutils.attention import AttentionConfig, Gate, capped, clipped_softmax, rotated, softmax_off_by_one
+from ofutils.attention import AttentionConfig, Gate, capped, probabilities, rotated
 from ofutils.layers import make_activation, make_gain, make_norm
 
 PRE_NORMS = ("qk", "v", "mlp")  # what a pre-norm may stand before
@@ -89,11 +90,6 @@ class TransformerConfig:
         params.require(self.mlp_alpha or not normed, "mlp_alpha 0 is for an MLP whose input has no norm")
 
     @property
-    def clip_gamma(self) -> float:
-        """gamma of the clipped softmax, however it was set. 0 with zeta 1: the plain softmax."""
-        return -self.attention.alpha / self.context if self.attention.alpha else self.attention.gamma
-
-    @property
     def rotary_width(self) -> int:
         """How many of the K entries of a head turn with the position; 0 without rotary positions."""
         rotary = self.embedding.positions == "rotary"
@@ -133,6 +129,7 @@ class Attention(nn.Module):
         self.gate = None
         if own.gate != "none":
             self.gate = Gate(own.gate, config.heads, head_width, own.gate_hidden, own.pi_init)
+        self.sink = nn.Parameter(torch.zeros(config.heads)) if own.sink_logit else None
         self.scores, self.probs, self.context, self.gated = (nn.Identity() for _ in range(4))
 
     def forward(self, x: Tensor, visible: Tensor | None = None, read: Tensor | None = None) -> Tensor:
@@ -171,9 +168,10 @@ class Attention(nn.Module):
             visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()  # (T, T)
         if visible is not None:
             scores = scores + torch.zeros_like(visible, dtype=exact).masked_fill_(~visible, float("-inf"))
-        gamma = self.config.clip_gamma
-        probs = softmax_off_by_one(scores) if own.off_by_one else clipped_softmax(scores, gamma, own.zeta)
-        return self.probs(probs).to(v.dtype) @ v
+        keys = self.config.context
+        if own.row_aware:
+            keys = scores.shape[-1] if visible is None else visible.sum(-1, keepdim=True).to(exact)
+        return self.probs(probabilities(scores, own, keys, self.sink)).to(v.dtype) @ v
 
 
 class Block(nn.Module):
@@ -259,10 +257,10 @@ class Transformer(nn.Module):
     Sites: `embed_tokens` (scaled), `project_in` (where the embedding is narrower), `embed_segments` (token
     types), `embed_typed` (tokens and token types), `embed_positions` ((T, D), or (B, T, D) where they depend
     on the padding), `embed_sum`, `embed_norm`; per block `resid_pre`, `norm1`, `q`, `k`, `v` (before scaling,
-    norm and rotation), `q_norm`, `k_norm`, `scores` (scaled, before cap and mask), `probs`, `context` (before
-    the gate), `gate` (B, T, H), `gated`, `attn_out` (before the gain), `resid_mid`, `norm2`, `mlp_in` (after alpha),
-    `mlp_act` (after the activation), `mlp_out`, `resid_post` (the sums; in post-LN they stand before the norms); then
-    `norm_final`, `project_out`, `logits`.
+    norm and rotation), `q_norm`, `k_norm`, `scores` (scaled, before cap and mask), `probs` (after
+    `attention.probabilities`), `context` (before the gate), `gate` (B, T, H), `gated`, `attn_out` (before the gain),
+    `resid_mid`, `norm2`, `mlp_in` (after alpha), `mlp_act` (after the activation), `mlp_out`, `resid_post` (the sums;
+    in post-LN they stand before the norms); then `norm_final`, `project_out`, `logits`.
 
     What a form does not compute is no site of it: `embed_segments`, `embed_typed`, `embed_norm` and `gate` unless
     configured, `embed_positions` with rotary positions, `resid_mid` with parallel branches, `logits` with `head`
@@ -372,3 +370,15 @@ def clm_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """
     targets = F.pad(ids[:, 1:], (0, 1), value=-100)  # ignored; a slice of the logits would be copied, both ways
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def lm_loss(logits: Tensor, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """The mean loss (nats) of what a batch asks for: `clm_loss` of a tensor, else the `labels` of a mapping.
+
+    Args:
+        logits: (B, T, V).
+        batch: ids (B, T), or a mapping with `labels` (B, T): the true id where one is to be predicted, else -100.
+    """
+    if torch.is_tensor(batch):
+        return clm_loss(logits, batch)
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())

@@ -58,7 +58,10 @@ def transformed(tokens, variant: str, vocab: int, context: int):
         at = np.arange(0, len(ids), context - 1) if variant == "one separator" else np.flatnonzero(ends[ids]) + 1
         return np.insert(ids, at, tokens.vocab)
 
-    return replace(tokens, vocab=vocab, train=row(tokens.train, 0), validation=row(tokens.validation, 1))
+    split = range(copies[0])  # the copies of the end-of-text token
+    special = {"uniform": (), "flattened": split, "evenly split": split}.get(variant, (0, tokens.vocab))
+    rows = {"train": row(tokens.train, 0), "validation": row(tokens.validation, 1)}
+    return replace(tokens, vocab=vocab, special=tuple(special), **rows)
 
 
 def split_sizes(counts: np.ndarray, vocab: int) -> np.ndarray:

@@ -1,13 +1,15 @@
 """Hugging Face models: converted, and read where they stand."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from ofutils import UserError, layouts
-from ofutils.families import CONVERTED, bert_state, from_hf, with_sites
+from ofutils.families import CONVERTED, bert_state, from_hf, opt_state, with_sites
 from ofutils.probes import capture, edit, measure
 from ofutils.transformer import Transformer, TransformerConfig
 
@@ -200,6 +202,76 @@ def test_bert_and_its_gates_equal_the_authors(vectors, form):
         found = model.double()(tensors["input_ids.0"])
     # exact to 1e-12 here, on every machine; the authors' own float32 is what differs
     torch.testing.assert_close(found.float(), tensors[f"bert.{form}.fp_logits"], rtol=0, atol=1e-5)
+
+
+class TheirGates(nn.Module):
+    """bondarenko2023's gates as they are described: each head maps its own slice of x, or one map reads all of it."""
+
+    def __init__(self, kind, heads, width):
+        super().__init__()
+        slices, hidden = width // heads, {"mlp": width // heads // 4, "mlp2": width // heads}.get(kind)
+        if kind == "all_heads":
+            self.alpha = nn.Linear(width, heads)
+        elif kind == "linear":
+            self.alpha = nn.ModuleList([nn.Linear(slices, 1) for _ in range(heads)])
+        else:
+            layers = [(nn.Linear(slices, hidden), nn.ReLU(), nn.Linear(hidden, 1)) for _ in range(heads)]
+            self.alpha = nn.ModuleList([nn.Sequential(*one) for one in layers])
+
+    def forward(self, x):
+        """(B, T, D) -> (B, T, H)."""
+        if isinstance(self.alpha, nn.Linear):
+            return torch.sigmoid(self.alpha(x))
+        parts = x.chunk(len(self.alpha), -1)
+        return torch.cat([torch.sigmoid(one(part)) for one, part in zip(self.alpha, parts, strict=True)], -1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "mlp2", "all_heads"])
+@pytest.mark.parametrize("family", ["opt", "bert"])
+def test_the_authors_gates_of_every_kind_load(family, kind):
+    """12 heads of width 4: numbers of heads with two digits, and a hidden layer of one unit."""
+    kind_of, settings = MODELS[family]
+    wide = {"hidden_size": 48, "num_attention_heads": 12} | ({"word_embed_proj_dim": 48} if family == "opt" else {})
+    cls = getattr(transformers, kind_of)
+    theirs = cls(cls.config_class(**settings | wide, initializer_range=0.2)).double().eval()
+    plain = from_hf(theirs)
+    expected = []
+
+    def gated(own, context):
+        pi = own(own.read)
+        expected.append(pi)
+        return (context.unflatten(-1, (12, 4)) * pi[..., None]).flatten(2)
+
+    for layer in theirs.model.decoder.layers if family == "opt" else theirs.bert.encoder.layer:
+        own = TheirGates(kind, 12, 48).double()
+        attention = layer.self_attn if family == "opt" else layer.attention.self
+        attention.alpha = own.alpha
+        attention.register_forward_pre_hook(
+            lambda _, args, named, own=own: setattr(own, "read", args[0] if args else named["hidden_states"]),
+            with_kwargs=True,
+        )
+        if family == "opt":
+            attention.out_proj.register_forward_pre_hook(lambda _, args, own=own: gated(own, args[0]))
+        else:
+            attention.register_forward_hook(lambda _, __, out, own=own: (gated(own, out[0]), *out[1:]))
+    state = {"opt": opt_state, "bert": bert_state}[family](theirs.state_dict())
+    gate = {"gate": kind.rstrip("2"), "gate_hidden": 4 if kind == "mlp2" else 1}
+    ours = Transformer(dataclasses.replace(plain.config, attention=gate)).double().eval()
+    ours.load_state_dict(state)
+    rows = ids()
+    with capture(ours, "gate") as seen, torch.no_grad():
+        logits, found = theirs(rows).logits, ours(rows)
+    for one, other in zip(seen.values(), expected, strict=True):
+        assert other.std() > 0.05
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-12)
+    assert not torch.allclose(output(plain.double(), {"input_ids": rows}), logits, atol=1e-2)
+
+
+def test_a_gate_that_transformer_has_not_is_named():
+    """`unconditional_per_head`: one parameter a head."""
+    with pytest.raises(UserError, match="no place for the parameter model.decoder.layers.0.self_attn.alpha in a opt"):
+        opt_state({"model.decoder.layers.0.self_attn.alpha": torch.zeros(12)})
 
 
 def test_a_parameter_without_a_place_is_named():

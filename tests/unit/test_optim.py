@@ -1,4 +1,5 @@
 import copy
+import re
 from functools import partial
 
 import pytest
@@ -355,7 +356,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(method):
     assert all(parameter.ndim >= 2 for parameter in decayed)
     assert not any(d is p for d in decayed for name, p in model.named_parameters() if "bias" in name)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert all("bias" in n or "norm" in n or "gain" in n for n in (names[id(p)] for p in plain))
+    assert all(re.search("bias|norm|gain|sink", names[id(parameter)]) for parameter in plain)
 
 
 def test_decay_norm_adds_the_gains_of_norms_and_nothing_else():

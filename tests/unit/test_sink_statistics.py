@@ -325,15 +325,18 @@ def test_a_survey_of_batches_does_not_depend_on_how_they_are_cut(bert):
         assert_same(a, b, 1e-4, variants=("input", "words"))
 
 
-def test_a_causal_model_and_plain_ids():
-    config = TransformerConfig(vocab=40, layers=2, width=16, heads=2, context=12, attention={"alpha": 2.0})
+@pytest.mark.parametrize("form", [{"alpha": 2.0}, {"sink_logit": True}, {"sigmoid": True}], ids=str)
+def test_a_causal_model_and_plain_ids(form):
+    config = TransformerConfig(vocab=40, layers=2, width=16, heads=2, context=12, attention=form)
     model, ids = Transformer(config).eval(), torch.randint(0, 40, (3, 12))
     found = statistics.survey(model, [ids], torch.full((40,), 3))
     with probes.capture(model, "probs") as kept:
         probes.run(model, ids)
     seen = torch.ones(12, 12, dtype=torch.bool).tril()
     expected = (kept["blocks.1.probs"][:, :, seen] == 0).double().mean((0, 2))
-    assert torch.allclose(found[1].numbers["zeros"], expected) and expected.min() > 0.1
+    assert torch.allclose(found[1].numbers["zeros"], expected) and bool(expected.min() > 0.1) is ("alpha" in form)
+    torch.testing.assert_close(found[1].shares.sum(-1), kept["blocks.1.probs"].sum(-1).double().mean((0, 2)))
+    assert ((found[1].numbers["evenness"] > 0) & (found[1].numbers["evenness"] <= 1)).all()
     assert not model._forward_hooks and not model.blocks[0].attention.probs._forward_hooks
 
 

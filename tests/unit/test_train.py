@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(out, config, mo
         (["--steps", "hello"], "parameter steps: expected int, got 'hello'"),
         (["--model.layer", "2"], "unknown parameter 'model.layer' .did you mean 'model.layers'"),
         (["--model.gate", "linear"], "unknown parameter 'model.gate' .did you mean 'model.attention.gate'"),
-        (["--objective", "mlm"], "unknown objective 'mlm'.*; known: clm"),
+        (["--objective", "mln"], "unknown objective 'mln' .did you mean 'mlm'.*; known: clm, mlm"),
         (["--optimizer", "adam"], "unknown optimizer 'adam' .did you mean 'adamw'"),
         (["steps=5"], "expected a flag such as --steps 100"),
         (["--steps"], "parameter steps: expected int, got True"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ofutils import UserError
-from ofutils.attention import AttentionConfig, Gate, clipped_softmax, softmax_off_by_one
+from ofutils.attention import AttentionConfig, Gate, clipped_softmax, probabilities, softmax_off_by_one
 from ofutils.probes import capture, edit, measure, resolve
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss, rotated
 from tests.configurations import METHODS, SMALL
@@ -26,6 +26,8 @@ FORMS = METHODS | {
     "parallel OP": {"parallel": True, "norm": "none", "residual_gain": 0.2},
     "encoder": {"causal": False, "head": "none"},
     "clipped encoder": {"causal": False, "attention": {"alpha": 0.5}},
+    "row-aware encoder": {"causal": False, "attention": {"alpha": 0.5, "row_aware": True}},
+    "sigmoid encoder": {"causal": False, "attention": {"sigmoid": True}},
     "gated encoder": {"causal": False, "attention": {"gate": "linear"}},
     "post-RMSNorm": {"norm": "rmsnorm", "norm_position": "post"},
     "pre-SRMSNorm": {"norm": "srmsnorm"},
@@ -221,11 +223,17 @@ def test_token_types_shift_the_embedding():
 
 def test_alpha_is_gamma_over_the_context_and_both_at_once_is_an_error():
     config = TransformerConfig(attention={"alpha": 4.0}, context=128)
-    assert config.clip_gamma == -4 / 128 and config.attention.clips
+    scores = torch.randn(2, 9, 9)
+    clipped = clipped_softmax(scores, -4 / 128)
+    assert torch.equal(probabilities(scores, config.attention, 128), clipped) and config.attention.clips
     assert not AttentionConfig().clips and AttentionConfig().plain
     assert not config.attention.plain and not AttentionConfig(off_by_one=True).plain
-    with pytest.raises(UserError, match="clipped or off by one, not both"):
-        AttentionConfig(alpha=4.0, off_by_one=True)
+    for form in ("off_by_one", "sink_logit", "sigmoid"):
+        assert not AttentionConfig(**{form: True}).plain
+        with pytest.raises(UserError, match="clipped, off_by_one, with a sink_logit or a sigmoid: choose one"):
+            AttentionConfig(alpha=4.0, **{form: True})
+    with pytest.raises(UserError, match="row_aware is of alpha and of sigmoid"):
+        AttentionConfig(gamma=-0.1, row_aware=True)
     with pytest.raises(UserError, match="gamma or alpha"):
         AttentionConfig(alpha=4.0, gamma=-0.1)
 
