@@ -1,10 +1,11 @@
-"""What SOAP costs: one step of 6.9 M parameters, in forward and backward passes of 16 x 128 tokens.
+"""What optimizers cost: one step of 6.9 M parameters, in forward and backward passes of 16 x 128 tokens.
 
     python benchmarks/optim.py          a table of ratios within this one run, goals met or missed
 
 Ten steps a round and optimizer: the refresh of the eigenvectors, every tenth step, is one of them; the first step of
-all, which initialises, is not counted. The peer is pytorch-optimizer's SOAP where it is installed (`pip install -e
-".[benchmarks]"`); the figure of the reference implementation is quoted in benchmarks/README.md.
+all, which initialises, is not counted. The peers are pytorch-optimizer's, where it is installed (`pip install -e
+".[benchmarks]"`): its SOAP and AdaFactor do what ours do, its Shampoo (exponent -1/4, sums) something like it. The
+figure of SOAP's reference implementation is quoted in benchmarks/README.md.
 """
 
 import importlib.util
@@ -18,7 +19,11 @@ from ofutils import optim
 from ofutils.transformer import Transformer, TransformerConfig, clm_loss
 
 ROUNDS, STEPS = 3, 10
-GOALS = {"SOAP, mean of ten steps": 0.55, "SOAP, slowest step": 2.0, "SOAP / pytorch-optimizer": 1.0}
+OURS = ("adamw", "soap", "adafactor", "rotated_adafactor", "shampoo", "muon")
+PEERS = ("soap", "adafactor", "shampoo")
+GOALS = {"soap, mean of ten steps": 0.55, "soap, slowest step": 2.0}
+GOALS |= {f"{name} / pytorch-optimizer": 1.0 for name in PEERS}
+GOALS |= {f"{name} / soap": 1.1 for name in ("rotated_adafactor", "shampoo")}
 RATE, BETAS, EPS, DECAY = 1e-3, (0.95, 0.95), 1e-8, 0.1
 
 
@@ -53,28 +58,51 @@ def by_round(times: list[float]) -> list[list[float]]:
     return [times[start : start + STEPS] for start in range(STEPS, len(times), STEPS)]
 
 
-def theirs(model: Transformer) -> torch.optim.Optimizer:
-    """pytorch-optimizer's SOAP, told to leave the vocabulary side alone as ours does."""
-    from pytorch_optimizer import SOAP
+def theirs(name: str, model: Transformer) -> torch.optim.Optimizer:
+    """pytorch-optimizer's, told to leave the vocabulary side alone and to refresh every tenth step, as ours do."""
+    import pytorch_optimizer as peers
 
-    return SOAP(
-        optim.groups(model, DECAY),
-        lr=RATE,
-        betas=BETAS,
-        weight_decay=DECAY,
-        precondition_frequency=10,
-        max_precondition_dim=2048,
+    parts = optim.groups(model, DECAY)
+    if name == "soap":
+        shared = {"betas": BETAS, "weight_decay": DECAY}
+        return peers.SOAP(parts, RATE, precondition_frequency=10, max_precondition_dim=2048, **shared)
+    if name == "adafactor":
+        plain = {"scale_parameter": False, "relative_step": False, "momentum_dtype": torch.float32}
+        return peers.AdaFactor(parts, RATE, betas=BETAS, weight_decay=DECAY, **plain)
+    tables = [model.token_embedding.weight]  # too long a side for it: AdamW's, which is cheaper than either
+    for part in parts:
+        part["params"] = [one for one in part["params"] if all(one is not table for table in tables)]
+    return _Both(
+        peers.Shampoo(parts, RATE, momentum=BETAS[0], weight_decay=DECAY, preconditioning_compute_steps=10),
+        torch.optim.AdamW(tables, RATE, BETAS, EPS, DECAY, fused=True),
     )
+
+
+class _Both:
+    """Two optimizers that step together."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+
+    def step(self) -> None:
+        """A step of both."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of both."""
+        for part in self.parts:
+            part.zero_grad()
 
 
 def main() -> None:
     """Time the contenders in turn and print the table."""
     torch.set_num_threads(THREADS)
-    makers = {name: lambda m, n=name: optim.make(n, m, RATE, BETAS, EPS, DECAY) for name in ("adamw", "soap")}
+    makers = {name: lambda m, n=name: optim.make(n, m, RATE, BETAS, EPS, DECAY) for name in OURS}
     if importlib.util.find_spec("pytorch_optimizer"):
-        makers["pytorch-optimizer"] = theirs
+        makers |= {f"pytorch-optimizer's {name}": lambda m, n=name: theirs(n, m) for name in PEERS}
     else:
-        print("pytorch-optimizer is not installed: its figure is the one in benchmarks/README.md")
+        print("pytorch-optimizer is not installed: its figures are those in benchmarks/README.md")
     contenders = {name: Contender(make) for name, make in makers.items()}
     times = timed(contenders, ROUNDS)
     passes = zip(*(by_round(one.passes) for one in contenders.values()), strict=True)
@@ -83,10 +111,12 @@ def main() -> None:
         times[f"{name}, mean of ten steps"] = [statistics.mean(steps) for steps in by_round(one.steps)]
         times[f"{name}, slowest step"] = [max(steps) for steps in by_round(one.steps)]
     found = medians(times, "forward and backward")
-    ratios = {f"SOAP, {what}": found[f"soap, {what}"] for what in ("mean of ten steps", "slowest step")}
-    if "pytorch-optimizer" in contenders:
-        both = (found[f"{name}, mean of ten steps"] for name in ("soap", "pytorch-optimizer"))
-        ratios["SOAP / pytorch-optimizer"] = next(both) / next(both)
+    ratios = {f"soap, {what}": found[f"soap, {what}"] for what in ("mean of ten steps", "slowest step")}
+    mean = {name: found[f"{name}, mean of ten steps"] for name in contenders}
+    ratios |= {f"{name} / soap": mean[name] / mean["soap"] for name in ("rotated_adafactor", "shampoo")}
+    for name in PEERS:
+        if (peer := f"pytorch-optimizer's {name}") in contenders:
+            ratios[f"{name} / pytorch-optimizer"] = mean[name] / mean[peer]
     judge(ratios, {name: goal for name, goal in GOALS.items() if name in ratios})
 
 

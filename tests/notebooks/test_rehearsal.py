@@ -88,6 +88,7 @@ ENTRIES = {
     "07_op_block": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_07_op_block),
     "08_optimizers": ((), {"steps": 8, "seeds": 2, "corpus": CORPUS}, records_of_08_optimizers),
     "09_moment_updates": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_09_moment_updates),
+    "12_beyond": ((BERT,), {"sentences": 6}, no_records),
 }
 # notebook -> models that it is run with once more, by its parameter `model`
 AGAIN = {"02_bert_outliers": (ROBERTA,), "05_attention_sinks": (ROBERTA,)}

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import nn
 
-from ofutils import UserError, params, pool, probes, quant, sweep, train
+from ofutils import UserError, params, plots, pool, probes, quant, sweep, train
 from ofutils.batches import fixed_batches
 from ofutils.quant import QuantSettings
 from ofutils.records import differing
@@ -25,7 +28,7 @@ FOLDS: dict[str, Callable[[nn.Module, list, int], nn.Module]] = {
     "rotation": lambda model, rows, seed: rotate(model, seed),
     "both": lambda model, rows, seed: smooth(rotate(model, seed), rows),
 }
-_BITS = ((8, 8), (6, 6), (4, 8), (4, 4))
+_BITS = ((8, 8), (6, 6), (4, 4))
 _FINE = {"weights": "minmax", "granularity": "token", "weight_granularity": "channel"}
 #: How it is rounded: one range a tensor; one a token and output channel; and that with outliers in full precision.
 SETTINGS = {
@@ -33,6 +36,7 @@ SETTINGS = {
     "per token and channel": tuple(QuantSettings(weight_bits=w, activation_bits=a, **_FINE) for w, a in _BITS),
     "LLM.int8()": (LLM_INT8,),
 }
+COLORS = {"as trained": "#000000", "SmoothQuant": "#E69F00", "rotation": "#009E73", "both": "#56B4E9"}
 #: Recipes whose runs are folded, at scale small, by what they are trained on.
 RECIPES = {"text": "03_quant", "laboratory": "laboratory_int8"}
 
@@ -125,6 +129,71 @@ def refusals(wanted: list[Task]) -> pd.Series:
     return pd.Series(
         {key: one["result"]["refused"] for key, one in found.items() if one and "refused" in one["result"]}
     )
+
+
+def shares(costs: pd.DataFrame) -> pd.DataFrame:
+    """What share of vanilla's cost, as trained, each method with each fold saves, seed by seed.
+
+    Args:
+        costs: from `table`.
+
+    Returns:
+        The rows of `costs` with `saved`: 1 is all of it, below 0 it costs more.
+    """
+    at = ["trained on", "ranges", "bits", "seed"]
+    vanilla = costs[(costs["method"] == "vanilla") & (costs["fold"] == "as trained")]
+    both = costs.merge(vanilla[[*at, "cost"]], on=at, suffixes=("", " of vanilla"))
+    return both.assign(saved=1 - both["cost"] / both["cost of vanilla"]).drop(columns="cost of vanilla")
+
+
+def verdicts(saved: pd.DataFrame, bits: str) -> list[tuple[str, pd.Series, str]]:
+    """What is judged at per-tensor ranges, in the laboratory: a sentence, one value for each seed, the margin.
+
+    Args:
+        saved: from `shares`.
+        bits: such as W6A6.
+    """
+    own = saved[(saved["trained on"] == "laboratory") & (saved["ranges"] == "per tensor") & (saved["bits"] == bits)]
+    of = own.pivot(index="seed", columns=["method", "fold"], values="saved")
+    said = "laboratory, {}: share of vanilla's cost that {} saves:"
+    found = [
+        (said.format(bits, f"{fold} folded into vanilla"), of["vanilla", fold], "share_kept")
+        for fold in ("SmoothQuant", "rotation", "both")
+    ]
+    rotated = of["vanilla", "rotation"]
+    for method in ("OP", "vanilla + SOAP"):
+        found.append((said.format(bits, f"{method}, as trained,"), of[method, "as trained"], "share_kept"))
+        text = f"laboratory, {bits}: share of vanilla's cost that {method} saves beyond rotation:"
+        found.append((text, of[method, "as trained"] - rotated, "more"))
+        text = f"laboratory, {bits}: share of vanilla's cost that rotation saves on top of {method}:"
+        found.append((text, of[method, "rotation"] - of[method, "as trained"], "more"))
+    return found
+
+
+def figure(costs: pd.DataFrame, bits: tuple[str, ...], title: str) -> Figure:
+    """What rounding costs with one range per tensor, by method and fold: a row a kind of model, a column a bit width.
+
+    Args:
+        costs: from `table`.
+        bits: of its `bits`.
+    """
+    own = costs[costs["ranges"] == "per tensor"].assign(cost=costs["cost"].clip(lower=1e-5))
+    kinds, methods = list(RECIPES), list(dict.fromkeys(own["method"]))
+    fig, axs = plt.subplots(len(kinds), len(bits), figsize=(13, 6.4), sharey=True, layout="constrained")
+    for row, kind in zip(axs, kinds, strict=True):
+        for ax, one in zip(row, bits, strict=True):
+            rows = own[(own["trained on"] == kind) & (own["bits"] == one)]
+            style = {"x": "cost", "y": "method", "hue": "fold", "palette": COLORS, "order": methods, "ax": ax}
+            sns.stripplot(rows, dodge=True, jitter=False, size=4, **style)
+            ax.set(title=f"{kind}, {one}", xlabel="what rounding adds, nats", ylabel="")
+            plots.log_scale(ax, "x")
+            for place in range(len(methods) - 1):
+                ax.axhline(place + 0.5, color="0.9", lw=0.8, zorder=0)
+            ax.get_legend().remove()
+    handles, labels = axs[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower left", ncols=len(labels))
+    fig.suptitle(title, x=0, ha="left")
+    return fig
 
 
 @params.settings
