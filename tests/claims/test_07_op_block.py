@@ -79,6 +79,9 @@ def expected(rules):
         ("value-gain", "value gain 1", "value gain 0.1", "higher"),
     ):
         found[f"he2024-{id}"] = of(more, "peak", forms) / of(less, "peak", forms), rule, True
+    own = read("own")
+    found["he2024-op-own-peak"] = of(pre, "peak", own) / of("OP", "peak", own), "factor", True
+    found["he2024-op-own-loss"] = of(pre, "loss", own) - of("OP", "loss", own), "-fp_cost", False
     toy = read("laboratory").pivot(index="seed", columns="method", values="kurtosis") - 1
     found["he2024-lab-gain-free"] = toy["Pre-SRMSNorm"] / toy["vanilla"], "share", True
     margins = rules | {"-fp_cost": -rules["fp_cost"]}

@@ -39,7 +39,7 @@ def records_of_04_token_frequency(corpus):
 
 
 def records_of_07_op_block(corpus):
-    for name in ("07_op_block", "07_op_block_rates", "07_op_block_forms"):
+    for name in ("07_op_block", "07_op_block_rates", "07_op_block_own", "07_op_block_forms"):
         write_records(sweep.read_recipe(name, "paper", steps=8, seeds=1, corpus=corpus))
 
 

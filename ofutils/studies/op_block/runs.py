@@ -196,20 +196,25 @@ def claims(
     return found
 
 
-def form_claims(forms: pd.DataFrame, toy: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
-    """What is judged of the forms between Pre-LN and the OP block, in the form of `claims`.
+def form_claims(
+    forms: pd.DataFrame, own: pd.DataFrame, toy: pd.DataFrame
+) -> list[tuple[str, str, pd.Series, str, bool]]:
+    """What is judged of forms between Pre-LN and OP, of each at its own rate, and in the laboratory; like `claims`.
 
     Args:
         forms: from `trajectories.peaks`, of the runs of 07_op_block_forms.
+        own: likewise, of the runs of 07_op_block_own.
         toy: from `laboratory.table`, of the recipes laboratory and laboratory_optimizers.
     """
-    peak = forms.pivot(index="seed", columns="method", values="peak")
-    whole, said = "norms before QK, V and MLP", "{}: its peak under that of {}, by a factor of"
-    excess = toy.pivot(index="seed", columns="method", values="kurtosis") - 1
-    free = excess["Pre-SRMSNorm"] / excess["vanilla"]
-    found = [("he2024-lab-gain-free", "laboratory: SRMSNorm's kurtosis - 1 over LayerNorm's", free, "share", True)]
-    return found + [
-        (f"he2024-{id}", said.format(less, more), peak[more] / peak[less], margin, True)
+    peak, whole = forms.pivot(index="seed", columns="method", values="peak"), "norms before QK, V and MLP"
+    found = [
+        (
+            f"he2024-{id}",
+            f"{less}: its peak under that of {more}, by a factor of",
+            peak[more] / peak[less],
+            margin,
+            True,
+        )
         for id, more, less, margin in (
             ("positions-v", whole, "QK-norm, norm before V", "factor"),
             ("positions-qk", whole, "QK-norm, norm before QK", "factor"),
@@ -218,4 +223,14 @@ def form_claims(forms: pd.DataFrame, toy: pd.DataFrame) -> list[tuple[str, str, 
             ("leaky", "slope 0.2", "slope 0.8", "higher"),
             ("value-gain", "value gain 1", "value gain 0.1", "higher"),
         )
+    ]
+    best, here = own.pivot(index="seed", columns="method"), "each at its own rate"
+    lower, saved = best["peak"]["Pre-LN"] / best["peak"]["OP"], best["loss"]["Pre-LN"] - best["loss"]["OP"]
+    excess = toy.pivot(index="seed", columns="method", values="kurtosis") - 1
+    free = excess["Pre-SRMSNorm"] / excess["vanilla"]
+    return [
+        *found,
+        ("he2024-op-own-peak", f"Pre-LN's peak over OP's, {here}", lower, "factor", True),
+        ("he2024-op-own-loss", f"OP's loss lies below Pre-LN's, {here}, by (nats)", saved, "-fp_cost", False),
+        ("he2024-lab-gain-free", "laboratory: SRMSNorm's kurtosis - 1 over LayerNorm's", free, "share", True),
     ]
