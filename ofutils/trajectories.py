@@ -108,6 +108,9 @@ def small_multiples(
     for number, ax in enumerate(axs.flat):
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
         ax.get_legend().remove() if number < len(own) else ax.set_visible(False)
+        if number >= len(own) - columns:  # nothing is below it
+            ax.xaxis.set_tick_params(labelbottom=True)
+            ax.set_xlabel("step")
     fig.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=5)
     fig.suptitle(title, x=0, ha="left")
     return fig

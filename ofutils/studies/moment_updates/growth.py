@@ -19,7 +19,8 @@ COLORS = {
     "Pre-LN, SOAP": "#7F7F7F",
     "Pre-LN, SGD": "#CC79A7",
 }
-TERM_COLORS = {"u41": "#0072B2", "u42": "#D55E00", "u43": "#999999", "u44": "#56B4E9"}
+_ORDERS = dict(zip(FOURTH, ("first order", "second", "third", "fourth"), strict=True))
+_ORDER_COLORS = dict(zip(_ORDERS.values(), ("#0072B2", "#D55E00", "#999999", "#56B4E9"), strict=True))
 
 
 def over_training(tasks: list[Task], records: list[dict]) -> pd.DataFrame:
@@ -70,8 +71,9 @@ def table(steps: pd.DataFrame, tasks: list[Task], records: list[dict]) -> pd.Dat
 
     Returns:
         method; momentum; seed; `loss` on held-out text at the end (nats); `start`, `peak`, `end` of the kurtosis less
-        1; `u41` ... `u44`: the share of each among the absolute values of the four, each summed over the training;
-        `higher`, u42 over |u43| + |u44|; `pushed`, u42 / m4 summed over the training; `bend`, the median.
+        1; `u41` ... `u44`, each summed over the training, over the sum of the four absolute values of these sums;
+        `u41 / m4` ... `u44 / m4`: the same, each step's term over the m4 that it met; `higher`, u42 over
+        |u43| + |u44|; `pushed`, u42 / m4 summed over the training; `bend`, the median.
     """
     rows = []
     for task, record in zip(tasks, records, strict=True):
@@ -80,7 +82,9 @@ def table(steps: pd.DataFrame, tasks: list[Task], records: list[dict]) -> pd.Dat
         last = own.iloc[-1]
         sizes = last[list(FOURTH)].abs()
         row = about | {"loss": record["result"]["held_out"], "start": own["kurtosis"].iloc[0]}
-        row |= {"peak": own["kurtosis"].max(), "end": last["kurtosis"]} | dict(sizes / sizes.sum())
+        row |= {"peak": own["kurtosis"].max(), "end": last["kurtosis"]} | dict(last[list(FOURTH)] / sizes.sum())
+        over_m4 = last[[f"share of {name}" for name in FOURTH]].set_axis([f"{name} / m4" for name in FOURTH])
+        row |= dict(over_m4 / over_m4.abs().sum())
         row |= {"higher": last["u42"] / sizes[["u43", "u44"]].sum(), "pushed": last["share of u42"]}
         rows.append(row | {"bend": own["bend"].median()})
     return pd.DataFrame(rows)
@@ -95,9 +99,9 @@ def claims(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
     plain, with_momentum = (runs[runs["momentum"] == one].pivot(index="seed", columns="method") for one in MOMENTA)
     share = "Pre-LN, {} momentum: share of {} among the terms of the fourth moment, summed over training"
     first = (
-        ("quadratic", share.format("no", "u42"), plain["u42"]["Pre-LN"], "dominates", False),
+        ("quadratic", share.format("no", "u42"), plain["u42"]["Pre-LN"].abs(), "dominates", False),
         ("higher", "Pre-LN, no momentum: u42 over |u43| + |u44|", plain["higher"]["Pre-LN"], "negligible", True),
-        ("momentum", share.format("with", "u41"), with_momentum["u41"]["Pre-LN"], "dominates", False),
+        ("momentum", share.format("with", "u41"), with_momentum["u41"]["Pre-LN"].abs(), "dominates", False),
     )
     found = [(f"he2024-moment-{id}", *rest) for id, *rest in first]
     short = {"op": "OP", "eps": "Pre-LN, eps 1e-4", "rate": "Pre-LN, rate x 0.3", "soap": "Pre-LN, SOAP"}
@@ -109,12 +113,12 @@ def claims(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
 
 
 def overview(steps: pd.DataFrame, runs: pd.DataFrame, title: str) -> Figure:
-    """Kurtosis over training without momentum; and the share of each term, summed over training, with and without.
+    """Kurtosis over training without momentum; and the terms, summed over training in two ways, with and without.
 
     Args:
         steps, runs: from `over_training` and `table`.
     """
-    fig, axs = plt.subplots(1, 2, figsize=(13, 4.4), layout="constrained", width_ratios=(1.15, 1))
+    fig, axs = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained", width_ratios=(1.3, 1, 1))
     plain = steps[steps["momentum"] == 0]
     style = {"x": "step", "y": "kurtosis", "hue": "method", "palette": COLORS, "ax": axs[0]}
     sns.lineplot(plain, units="seed", estimator=None, lw=0.6, alpha=0.4, legend=False, **style)
@@ -122,15 +126,24 @@ def overview(steps: pd.DataFrame, runs: pd.DataFrame, title: str) -> Figure:
     axs[0].set(ylabel="neuron kurtosis - 1", title="without momentum, a thin line is a seed")
     plots.log_scale(axs[0], "y")
     sns.move_legend(axs[0], "best", title="", fontsize=8)
-    own = runs[runs["method"] == "Pre-LN"].melt(["momentum", "seed"], FOURTH, "term", "share")
-    own["momentum"] = own["momentum"].map({0.0: "no momentum", 0.9: "momentum 0.9"})
-    bars = {"x": "share", "y": "momentum", "hue": "term", "palette": TERM_COLORS, "errorbar": None}
-    sns.barplot(own, ax=axs[1], **bars)
-    sns.stripplot(
-        own, x="share", y="momentum", hue="term", dodge=True, palette="dark:k", size=3, legend=False, ax=axs[1]
-    )
-    axs[1].set(xlim=(0, 1), xlabel="share of the sum of absolute values", ylabel="", title="Pre-LN: what moved m4")
-    sns.move_legend(axs[1], "best", title="")
+    own = runs[runs["method"] == "Pre-LN"]
+    own = own.assign(momentum=own["momentum"].map({0.0: "no momentum", 0.9: "momentum 0.9"}))
+    for ax, over, said in zip(axs[1:], ("", " / m4"), ("summed", "over m4, summed"), strict=True):
+        shares = own.rename(columns={f"{name}{over}": order for name, order in _ORDERS.items()})
+        shares = shares.melt(["momentum", "seed"], _ORDERS.values(), "term", "share")
+        style = {"x": "share", "y": "momentum", "hue": "term", "ax": ax, "legend": False}
+        sns.barplot(shares, palette=_ORDER_COLORS, errorbar=None, **style | {"legend": over == ""})
+        sns.stripplot(shares, palette="dark:k", dodge=True, size=3, **style)
+        ax.axvline(0, color="0.5", lw=0.8)
+        ax.set(
+            xlim=(-1, 1),
+            xticks=(-1, -0.5, 0, 0.5, 1),
+            xlabel="over the sum of absolute values",
+            ylabel="",
+            title=f"Pre-LN, terms of m4 {said}",
+        )
+    axs[2].set_yticklabels([])
+    sns.move_legend(axs[1], "lower left", title="", fontsize=8)
     fig.suptitle(title, x=0, ha="left")
     return fig
 
@@ -149,10 +162,10 @@ def panels(steps: pd.DataFrame, momentum: float, title: str, per_step: bool = Fa
     for method, upper, lower in zip(methods, *axs, strict=True):
         rows = own[own["method"] == method]
         shares = rows.melt(["seed", "step"], [f"share of {name}" for name in FOURTH], "term", "share")
-        shares["term"] = shares["term"].str.removeprefix("share of ")
+        shares["term"] = shares["term"].str.removeprefix("share of ").map(_ORDERS)
         if per_step:
             shares["share"] = shares.groupby(["seed", "term"])["share"].diff() / BENT
-        style = {"x": "step", "hue": "term", "palette": TERM_COLORS, "ax": upper}
+        style = {"x": "step", "hue": "term", "palette": _ORDER_COLORS, "ax": upper}
         sns.lineplot(shares, y="share", units="seed", estimator=None, lw=0.5, alpha=0.5, legend=False, **style)
         sns.lineplot(shares, y="share", estimator="median", errorbar=None, lw=1.8, **style)
         upper.get_legend().remove()

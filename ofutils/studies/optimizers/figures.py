@@ -6,6 +6,7 @@ import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ofutils import plots
 
@@ -42,8 +43,10 @@ def overview(runs: pd.DataFrame, steps: pd.DataFrame, rate: float, own: dict[str
     plane = judged.pivot_table(["peak", "loss"], "method", "rate", "median").reindex([*COLORS])
     peak, loss = plane["peak"], plane["loss"]
     said = loss.map("{:.2f}".format)
-    style = {"fmt": "", "linewidths": 1, "cbar_kws": {"label": "peak of neuron kurtosis - 1"}}
+    bar = {"label": "peak of neuron kurtosis - 1", "ticks": LogLocator(subs=(1, 2, 5)), "format": "{x:g}"}
+    style = {"fmt": "", "linewidths": 1, "cbar_kws": bar}
     sns.heatmap(peak, annot=said, norm=LogNorm(), cmap="rocket_r", ax=axs[0], **style)
+    axs[0].collections[0].colorbar.ax.yaxis.set_minor_formatter(NullFormatter())
     for row, method in enumerate(peak.index):
         if own.get(method) in peak.columns:
             place = (peak.columns.get_loc(own[method]), row)
