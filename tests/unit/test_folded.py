@@ -24,7 +24,7 @@ def few(monkeypatch):
 
 def task(method, fold):
     config = dataclasses.replace(BASE, model=dataclasses.replace(SMALL, **METHODS[method]))
-    return folded.Task("text", fold, sweep.Job(method, config, folded.SETTINGS["per tensor"], EVALUATION))
+    return folded.Task(fold, sweep.Job(method, config, folded.SETTINGS["per tensor"], EVALUATION))
 
 
 def test_what_is_folded_changes_nothing_in_full_precision_and_is_recalled(out, few, monkeypatch):
@@ -54,7 +54,7 @@ def test_a_refusal_is_recorded_with_its_reason(out, few):
 
 
 def test_shares_are_of_the_same_seed_bits_and_ranges():
-    at = {"trained on": "laboratory", "ranges": "per tensor", "bits": "W6A6"}
+    at = {"ranges": "per tensor", "bits": "W6A6"}
     rows = [("vanilla", "as trained", 1, 0.8), ("vanilla", "rotation", 1, 0.2), ("OP", "as trained", 1, 0.4)]
     rows += [("vanilla", "as trained", 2, 0.1), ("vanilla", "rotation", 2, 0.2), ("OP", "as trained", 2, 0.1)]
     costs = pd.DataFrame([at | dict(zip(("method", "fold", "seed", "cost"), row, strict=True)) for row in rows])

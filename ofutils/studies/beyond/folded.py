@@ -37,22 +37,21 @@ SETTINGS = {
     "LLM.int8()": (LLM_INT8,),
 }
 COLORS = {"as trained": "#000000", "SmoothQuant": "#E69F00", "rotation": "#009E73", "both": "#56B4E9"}
-#: Recipes whose runs are folded, at scale small, by what they are trained on.
-RECIPES = {"text": "03_quant", "laboratory": "laboratory_int8"}
+#: The recipe whose runs are folded, at scale small, where outliers are what rounding costs; and how many seeds of it.
+RECIPE, SEEDS = "laboratory_int8", 3
 
 
 @dataclass(frozen=True)
 class Task:
     """A run, and what is folded into it."""
 
-    trained_on: str
     fold: str
     job: sweep.Job
 
     @property
     def label(self) -> str:
         """For failures."""
-        return f"{self.trained_on}, {self.job.label}, {self.fold}"
+        return f"{self.job.label}, {self.fold}"
 
     @property
     def key(self) -> dict:
@@ -63,9 +62,7 @@ class Task:
 
 def tasks() -> list[Task]:
     """Every fold of every run, seed after seed."""
-    jobs = [(name, job) for name, recipe in RECIPES.items() for job in sweep.read_recipe(recipe, "small").jobs]
-    wanted = [Task(name, fold, job) for name, job in jobs for fold in FOLDS]
-    return sorted(wanted, key=lambda task: task.job.config.seed)
+    return [Task(fold, job) for job in sweep.read_recipe(RECIPE, "small", seeds=SEEDS).jobs for fold in FOLDS]
 
 
 def recall(task: Task) -> dict | None:
@@ -106,7 +103,7 @@ def table(wanted: list[Task]) -> pd.DataFrame:
     """What rounding costs, of the tasks that are recorded and were not refused.
 
     Returns:
-        One row per task and setting: `trained on`; method; seed; fold; `ranges`, a key of SETTINGS; `bits`, as W8A8;
+        One row per task and setting: method; seed; fold; `ranges`, a key of SETTINGS; `bits`, as W8A8;
         `loss` in full precision and `cost`, what rounding adds to it (nats); `kurtosis`.
     """
     rows = []
@@ -114,8 +111,8 @@ def table(wanted: list[Task]) -> pd.DataFrame:
         if record is None or "refused" in record["result"]:
             continue
         found = record["result"]
-        about = {"trained on": task.trained_on, "method": task.job.method, "seed": task.job.config.seed}
-        about |= {"fold": task.fold, "loss": found["loss"], "kurtosis": found["kurtosis"]}
+        about = {"method": task.job.method, "seed": task.job.config.seed, "fold": task.fold}
+        about |= {"loss": found["loss"], "kurtosis": found["kurtosis"]}
         labels = [(ranges, one) for ranges, group in SETTINGS.items() for one in group]
         for (ranges, one), loss in zip(labels, found["rounded"], strict=True):
             bits = f"W{one.weight_bits}A{one.activation_bits}"
@@ -140,20 +137,20 @@ def shares(costs: pd.DataFrame) -> pd.DataFrame:
     Returns:
         The rows of `costs` with `saved`: 1 is all of it, below 0 it costs more.
     """
-    at = ["trained on", "ranges", "bits", "seed"]
+    at = ["ranges", "bits", "seed"]
     vanilla = costs[(costs["method"] == "vanilla") & (costs["fold"] == "as trained")]
     both = costs.merge(vanilla[[*at, "cost"]], on=at, suffixes=("", " of vanilla"))
     return both.assign(saved=1 - both["cost"] / both["cost of vanilla"]).drop(columns="cost of vanilla")
 
 
 def verdicts(saved: pd.DataFrame, bits: str) -> list[tuple[str, pd.Series, str]]:
-    """What is judged at per-tensor ranges, in the laboratory: a sentence, one value for each seed, the margin.
+    """What is judged at per-tensor ranges: a sentence, one value for each seed, the parameter that holds its margin.
 
     Args:
         saved: from `shares`.
         bits: such as W6A6.
     """
-    own = saved[(saved["trained on"] == "laboratory") & (saved["ranges"] == "per tensor") & (saved["bits"] == bits)]
+    own = saved[(saved["ranges"] == "per tensor") & (saved["bits"] == bits)]
     of = own.pivot(index="seed", columns=["method", "fold"], values="saved")
     said = "laboratory, {}: share of vanilla's cost that {} saves:"
     found = [
@@ -171,26 +168,24 @@ def verdicts(saved: pd.DataFrame, bits: str) -> list[tuple[str, pd.Series, str]]
 
 
 def figure(costs: pd.DataFrame, bits: tuple[str, ...], title: str) -> Figure:
-    """What rounding costs with one range per tensor, by method and fold: a row a kind of model, a column a bit width.
+    """What rounding costs with one range per tensor, by method and fold; a column a bit width.
 
     Args:
         costs: from `table`.
         bits: of its `bits`.
     """
     own = costs[costs["ranges"] == "per tensor"].assign(cost=costs["cost"].clip(lower=1e-5))
-    kinds, methods = list(RECIPES), list(dict.fromkeys(own["method"]))
-    fig, axs = plt.subplots(len(kinds), len(bits), figsize=(13, 6.4), sharey=True, layout="constrained")
-    for row, kind in zip(axs, kinds, strict=True):
-        for ax, one in zip(row, bits, strict=True):
-            rows = own[(own["trained on"] == kind) & (own["bits"] == one)]
-            style = {"x": "cost", "y": "method", "hue": "fold", "palette": COLORS, "order": methods, "ax": ax}
-            sns.stripplot(rows, dodge=True, jitter=False, size=4, **style)
-            ax.set(title=f"{kind}, {one}", xlabel="what rounding adds, nats", ylabel="")
-            plots.log_scale(ax, "x")
-            for place in range(len(methods) - 1):
-                ax.axhline(place + 0.5, color="0.9", lw=0.8, zorder=0)
-            ax.get_legend().remove()
-    handles, labels = axs[0, 0].get_legend_handles_labels()
+    methods = list(dict.fromkeys(own["method"]))
+    fig, axs = plt.subplots(1, len(bits), figsize=(13, 4.4), sharey=True, layout="constrained")
+    for ax, one in zip(axs, bits, strict=True):
+        style = {"x": "cost", "y": "method", "hue": "fold", "palette": COLORS, "order": methods, "ax": ax}
+        sns.stripplot(own[own["bits"] == one], dodge=True, jitter=False, size=5, **style)
+        ax.set(title=one, xlabel="what rounding adds, nats", ylabel="")
+        plots.log_scale(ax, "x")
+        for place in range(len(methods) - 1):
+            ax.axhline(place + 0.5, color="0.9", lw=0.8, zorder=0)
+        handles, labels = ax.get_legend_handles_labels()
+        ax.get_legend().remove()
     fig.legend(handles, labels, loc="outside lower left", ncols=len(labels))
     fig.suptitle(title, x=0, ha="left")
     return fig
@@ -210,7 +205,7 @@ def main(arguments: list[str]) -> None:
     command, wanted = params.read(Command, arguments), tasks()
     workers = None if command.workers < 0 else command.workers
     pool.finish(perform, wanted, [0 if recall(task) else 1 for task in wanted], workers)
-    at = ["trained on", "ranges", "bits", "method", "fold"]
+    at = ["ranges", "bits", "method", "fold"]
     print(table(wanted).groupby(at, sort=False)["cost"].mean().unstack().round(4).to_string())
     print("records written to", train.store().export([*map(recall, wanted)], "folded.small"))
 
