@@ -44,25 +44,40 @@ WEAK = {
 }
 
 
-def overview(runs: pd.DataFrame, steps: pd.DataFrame, title: str) -> Figure:
-    """Loss against the peak of kurtosis, a dot a run; and kurtosis over training, the largest over blocks.
+def overview(runs: pd.DataFrame, steps: pd.DataFrame, forms: pd.DataFrame, title: str) -> Figure:
+    """Norms one at a time, peaks and losses; loss against peak of the paper's blocks; their kurtosis over training.
 
     Args:
         runs, steps: from `runs.table` and `trajectories.layers`.
+        forms: from `trajectories.peaks`, with the methods of PATH.
     """
-    fig, axs = plt.subplots(1, 2, figsize=(13, 4.4), layout="constrained", width_ratios=(1, 1.3))
-    sns.scatterplot(runs, x="loss", y="peak", hue="method", palette=COLORS, s=55, ax=axs[0], legend=False)
-    axs[0].set(
-        xlabel="validation loss at the end, nats", ylabel="peak of neuron kurtosis - 1", title="a dot is a run"
+    fig, axs = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained", width_ratios=(0.8, 1, 1.2))
+    path = forms[forms["method"].isin(PATH)]
+    style = {"x": "peak", "y": "method", "hue": "method", "palette": PATH, "order": [*PATH], "size": 7}
+    sns.stripplot(path, jitter=False, legend=False, ax=axs[0], **style)
+    for place, (_, own) in enumerate(path.groupby("method", sort=False)):
+        axs[0].annotate(
+            f"loss {own['loss'].mean():.2f}",
+            (1, place - 0.25),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            fontsize=8,
+        )
+    axs[0].set(xlabel="peak of neuron kurtosis - 1", ylabel="", title="one norm at a time")
+    sns.scatterplot(runs, x="loss", y="peak", hue="method", palette=COLORS, s=55, ax=axs[1], legend=False)
+    axs[1].set(
+        xlabel="validation loss at the end, nats",
+        ylabel="peak of neuron kurtosis - 1",
+        title="the paper's blocks, a dot is a run",
     )
     inner = steps[steps["block"] != "out"]
     most = inner.groupby(["method", "seed", "step"], sort=False)["kurtosis"].max().reset_index()
-    style = {"x": "step", "y": "kurtosis", "hue": "method", "palette": COLORS, "ax": axs[1]}
+    style = {"x": "step", "y": "kurtosis", "hue": "method", "palette": COLORS, "ax": axs[2]}
     sns.lineplot(most, units="seed", estimator=None, lw=0.6, alpha=0.4, legend=False, **style)
     sns.lineplot(most, estimator="median", errorbar=None, lw=2, **style)
-    axs[1].set(ylabel="neuron kurtosis - 1, largest over blocks", title="over training, a thin line is a seed")
-    for ax in axs:
-        plots.log_scale(ax, "y")
-    sns.move_legend(axs[1], "center left", bbox_to_anchor=(1, 0.5), title="")
+    axs[2].set(ylabel="neuron kurtosis - 1, largest over blocks", title="over training, a thin line is a seed")
+    for ax, which in zip(axs, "xyy", strict=True):
+        plots.log_scale(ax, which)
+    sns.move_legend(axs[2], "center left", bbox_to_anchor=(1, 0.5), title="")
     fig.suptitle(title, x=0, ha="left")
     return fig
