@@ -30,6 +30,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     2      frequency    how often each token occurs: shipped counts, a text's own
     2      probes       `hooked`, `capture`, `edit`, `measure` at named sites
     2      variants     texts without natural frequencies, order or separators, for trainings
+    2      huggingface  the papers' attention on Hugging Face models, saved and read back
     2      transformer  one transformer with named sites, by configuration
     3      sentences    sentences for encoders: out of a corpus, as batches, masked; kinds of tokens
     3      families     Hugging Face models into `Transformer`, or with their sites, to be read

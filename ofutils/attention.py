@@ -1,7 +1,6 @@
 """What attention heads are made of: softmax and what may stand in its place, gates, rotary positions."""
 
 import math
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -193,25 +192,3 @@ def rotated(x: Tensor, width: int, base: float) -> Tensor:
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
-
-
-def register_clipped_softmax(name: str, gamma: float, zeta: float = 1.0) -> None:
-    """Make clipped softmax an attention implementation of transformers: `attn_implementation=name`.
-
-    Works for Hugging Face models with the attention interface, without surgery on the model.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(name, partial(_interface_forward, gamma=gamma, zeta=zeta))
-    AttentionMaskInterface.register(name, eager_mask)
-
-
-def _interface_forward(module, query, key, value, attention_mask, scaling, gamma, zeta, dropout=0.0, **_):
-    groups = query.shape[1] // key.shape[1]  # query heads that share a key head
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(-1, -2) * scaling  # (B, H, T, T)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probs = F.dropout(clipped_softmax(scores, gamma, zeta), dropout, module.training)
-    return (probs @ value).transpose(1, 2).contiguous(), probs  # (B, T, H, K)

