@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from ofutils import hub
+from ofutils import UserError, hub
 from ofutils.studies.quant import figures, healing
 
 
@@ -39,5 +39,5 @@ def test_without_records_a_large_model_has_no_rows_and_an_empty_figure(out):
 
 def test_a_task_that_fails_is_named(few, monkeypatch):
     monkeypatch.setattr(healing, "heal", lambda *_: 1 / 0)
-    with pytest.raises(healing.UserError, match="penalty on kurtosis of stand-in/.*: ZeroDivisionError"):
+    with pytest.raises(UserError, match="penalty on kurtosis of stand-in/.*: ZeroDivisionError"):
         healing.run(few, workers=0)

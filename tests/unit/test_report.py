@@ -30,7 +30,8 @@ def test_what_has_not_run_says_so(tmp_path):
     assert set(board["verdict"]) == {"not run yet"} and (board["n"] == 0).all() and board["ours"].isna().all()
     counts = board["setting"].value_counts()
     waiting = {one: f"of {counts[one]} claims, {counts[one]} have not been run yet" for one in reference.SETTINGS}
-    said = f"On models trained on text: {waiting['text']}; on a checkpoint: {waiting['checkpoint']}; "
+    said = f"On models trained on text: {waiting['text']}; on images: {waiting['images']}; "
+    said += f"on a checkpoint: {waiting['checkpoint']}; "
     said += f"in the laboratory: {waiting['laboratory']}; "
     statements = len(set(map(report.statement, board["id"])))
     said += f"{statements} of {statements} statements are open in every setting."

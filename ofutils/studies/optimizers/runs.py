@@ -103,7 +103,6 @@ def laboratory_claims(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series, str
         ("he2024-lab-shampoo-peak", "AdamW", "Shampoo", "factor"),
         ("he2024-lab-rotation-peak", "AdaFactor", "rotated AdaFactor", "factor"),
         ("he2024-lab-adafactor-peak", "AdaFactor", "AdamW", "share"),
-        ("", "AdamW", "Muon", "factor"),
     )
     return [
         (id, f"laboratory: {over}'s kurtosis - 1 over {under}'s", excess[over] / excess[under], margin, True)
