@@ -110,7 +110,7 @@ def small_multiples(
         ax.get_legend().remove() if number < len(own) else ax.set_visible(False)
         if number >= len(own) - columns:  # nothing is below it
             ax.xaxis.set_tick_params(labelbottom=True)
-            ax.set_xlabel("step")
+            ax.xaxis.label.set_visible(True)
     fig.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=5)
     fig.suptitle(title, x=0, ha="left")
     return fig
