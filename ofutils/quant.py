@@ -13,8 +13,10 @@ matrix that read them.
     table(model, settings, batches, score)     many settings of one model: calibrate, round and score each
     calibrate(model, batches, settings)        the range of every quantized tensor
     quantized(model, settings, ranges)         the model rounded, for as long as the context is open
+    int8(model, settings, batches)             a copy that multiplies in int8 indeed, by torchao
 """
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from typing import Annotated, Literal
@@ -333,3 +335,76 @@ def quantized(model: Transformer, settings: QuantSettings, ranges: Ranges):
     rounded, embeddings = {site: rounding(site) for site in sites}, len(_embeddings(model))
     with _rounded_weights(model, settings, ranges), _hooked(model, rounded, embeddings):
         yield model
+
+
+@torch.no_grad()
+def int8(model: Transformer, settings: QuantSettings, batches: Iterable[Batch] = ()) -> Transformer:
+    """A copy whose matrices are int8 numbers and multiply such on the CPU, by torchao: no simulation.
+
+    Of what `quantized` rounds, the matrices and what each of them multiplies, on the same grids; embeddings, gains,
+    scores, sums and the head stay as they are, whatever `skip` says. Where `skip` names everything else, embeddings
+    lie on their grids and ranges come from the network in full precision, `quantized` has the same logits to 1e-6, if
+    norms come before (after, their outputs are the stream, which stays exact here). Per token activations are rounded
+    as they come, per tensor by running ranges over the batches, in full precision.
+
+    Args:
+        settings: 8 bits each; activations per `tensor` or `token`; weights by any estimator.
+        batches: to calibrate on, as in `calibrate`; none are needed per token.
+
+    Returns:
+        A `Transformer` in evaluation mode, to be read and measured like another; it cannot be trained.
+
+    Raises:
+        UserError: no torchao, other settings, or nothing to calibrate on.
+
+    Departure: torchao's own `quantize_` takes max|w| / 127.5 for the step of a weight, where the papers and this take
+        max|w| / 127, and by default symmetric grids for activations. What has no negative weight, which the papers
+        round to 0..255, is rounded to 0..127.
+    """
+    try:
+        from torchao.quantization import Int8Tensor, PerRow, PerTensor
+        from torchao.quantization.quant_primitives import MappingType
+        from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
+    except ImportError as error:
+        raise UserError('int8 needs torchao: pip install -e ".[int8]" -c constraints.txt') from error
+    eight = settings.weight_bits == settings.activation_bits == 8 and not settings.outlier_threshold
+    fits = eight and settings.granularity != "channel"
+    params.require(fits, f"int8 is W8A8 with activations per tensor or per token, not {settings.label}")
+    by_token, copied, weights = settings.granularity == "token", copy.deepcopy(model).eval(), _weights(model)
+    matrices = {
+        name: copied.get_submodule(name.removesuffix(".weight")) for name in weights if weights[name].ndim == 2
+    }
+    ranges, inputs = _weight_ranges(model, settings), {} if by_token else _inputs(copied, matrices, batches, settings)
+    activations = QuantizeTensorToInt8Kwargs(PerRow() if by_token else PerTensor(), MappingType.ASYMMETRIC)
+    for name, matrix in matrices.items():
+        top, static = ranges[name].abs().amax(0), {}
+        step = make_grid(-top, top, 8, "symmetric", matrix.weight).scale.reshape(-1, 1)  # (out, 1) or (1, 1)
+        if not by_token:
+            grid = make_grid(*inputs[name], 8, "asymmetric", matrix.weight)
+            zero = torch.as_tensor(-128 - grid.low, dtype=torch.int8, device=step.device)
+            static = {"act_quant_scale": grid.scale.reshape(1, 1, 1), "act_quant_zero_point": zero.reshape(1, 1, 1)}
+        rows = PerRow() if settings.weight_granularity == "channel" else PerTensor()
+        whole = Int8Tensor.from_hp(matrix.weight.data, rows, scale=step, act_quant_kwargs=activations, **static)
+        matrix.weight = nn.Parameter(whole, requires_grad=False)
+    return copied
+
+
+def _inputs(model: Transformer, matrices: dict[str, nn.Module], batches: Iterable[Batch], settings) -> Ranges:
+    """The range of what each matrix multiplies, by running ranges, in full precision."""
+    running = {name: RunningRange(settings.momentum, settings.percentile) for name in matrices}
+
+    def watch(name):
+        def function(_, inputs):
+            running[name].update(inputs[0])
+
+        return function
+
+    handles = [matrix.register_forward_pre_hook(watch(name)) for name, matrix in matrices.items()]
+    with evaluating(model):
+        for batch in batches:
+            run(model, batch)
+    for handle in handles:
+        handle.remove()
+    seen = all(one.ends is not None for one in running.values())
+    params.require(seen, "nothing to calibrate on: no batches")
+    return {name: one.ends for name, one in running.items()}
