@@ -47,7 +47,7 @@ def records_of_08_optimizers(corpus):
     for name in ("08_optimizers", "08_optimizers_eps"):
         write_records(sweep.read_recipe(name, "paper", steps=8, seeds=2, corpus=corpus))
     for task in mlp.tasks("paper", seeds=2, steps=8):
-        small = dataclasses.replace(task, width=16, layers=2, batch=32)
+        small = dataclasses.replace(task, width=16, batch=32)
         environment = params.environment() | {"corpus": mlp.load(task.images)[2]}
         train.store().write("mlp", differing(task), {"rows": mlp.fit(small)[1]}, environment)
 
@@ -56,7 +56,9 @@ def records_of_09_moment_updates(corpus):
     x, change = torch.randn(2, 8, 4)
     per_step = {name: float(one) for name, one in follow.terms(x, change).items()} | {"loss": 4.0}
     result = {name: [value] * 8 for name, value in per_step.items()} | {"bend": [0.1], "held_out": 4.0}
-    result |= {name: [float(one)] * 9 for name, one in zip(("m2", "m4"), follow.moments(x), strict=True)}
+    for order, start in zip("24", map(float, follow.moments(x)), strict=True):
+        change_a_step = sum(value for name, value in per_step.items() if name.startswith(f"u{order}"))
+        result[f"m{order}"] = [start + step * change_a_step for step in range(9)]
     for task in follow.tasks("paper", steps=8, seeds=1, corpus=corpus):
         train.store().write("moments", task.key, result, params.environment() | {"corpus": corpus})
 
