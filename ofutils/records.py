@@ -94,13 +94,15 @@ class Store:
     def export(self, records: list[dict], name: str) -> Path:
         """Add finished records to JSON lines that are committed and found on other machines; returns their path.
 
-        What is there already stays, but for records of older `NUMERICS`.
+        What is there already stays, but for records of older `NUMERICS`. What another file holds is left out.
         """
         path = self.committed / f"{name}.jsonl"
+        others = [other for other in self.committed.glob("*.jsonl") if other != path]
+        held = {one for other in others for one in _read_lines(other, other.stat().st_mtime_ns)}
         there = _read_lines(path, path.stat().st_mtime_ns) if path.is_file() else {}
         whole = {one: record for one, record in there.items() if record["numerics"] == NUMERICS}
         whole |= {record["name"]: record for record in records}
-        text = "".join(json.dumps(whole[one]) + "\n" for one in sorted(whole))
+        text = "".join(json.dumps(whole[one]) + "\n" for one in sorted(whole.keys() - held))
         write_atomically(path, lambda temporary: temporary.write_text(text))
         return path
 

@@ -93,6 +93,7 @@ def test_records_exported_are_found_without_the_runs(out, config, monkeypatch, t
     path = sweep.export(outcomes, "test")
     assert path.parent == tmp_path / "checkout" / "figures" / "records"
     sweep.export(outcomes[:1], "test")  # adds, and takes nothing away
+    assert sweep.export(outcomes, "again").read_text() == ""  # what another file holds
     monkeypatch.setenv("OFUTILS_OUT", str(tmp_path / "empty"))
     again = sweep.run(jobs(config), workers=0)
     assert [o.quantized for o in again] == [o.quantized for o in outcomes]
