@@ -66,7 +66,8 @@ def finish(function: Callable, tasks: list, steps: list[int], workers: int | Non
         results = run(function, tasks, workers if sum(steps) else 0, progress)
     for task, result in zip(tasks, results, strict=True):
         if result.error:
-            raise UserError(f"{task.label}: {result.error.strip().splitlines()[-1]}")
+            reason = result.error.strip().splitlines()[-1].removeprefix("ofutils.UserError: ")
+            raise UserError(f"{task.label}: {reason}")
     return [result.value for result in results]
 
 

@@ -3,6 +3,8 @@
 import math
 from statistics import mean, stdev
 
+import pytest
+
 # Student's 95% quantile, by the number of values: with two degrees of freedom in closed form, with five from a table
 T_95 = {3: 0.9 / math.sqrt(2 * 0.95 * 0.05), 6: 2.015048}
 
@@ -14,3 +16,18 @@ def judged(values, margin: float, of_logs: bool) -> str:
     back = math.exp if of_logs else float
     low, high = back(mean(values) - reach), back(mean(values) + reach)
     return "holds" if low > margin else "does not hold" if high < margin else "not testable at this scale"
+
+
+def require_the_same(committed, again: dict) -> None:
+    """The verdicts that a notebook committed are those that follow from its tables.
+
+    Args:
+        committed: its verdicts on the papers' claims, by id.
+        again: id -> values, margin, whether they are ratios.
+    """
+    assert set(again) == set(committed.index)
+    for id, (values, margin, ratio) in again.items():
+        row, values = committed.loc[id], list(values)
+        assert [float(value) for value in row["values"].split()] == pytest.approx(values, rel=2e-3, abs=2e-3), id
+        assert row["verdict"].split(":")[0] == judged(values, margin, ratio), id
+        assert row["margin"] == margin and row["ratio"] == ratio and row["n"] == len(values)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.recomputed import judged
+from tests.recomputed import require_the_same
 
 FIGURES = Path(__file__).parents[2] / "figures" / "08_optimizers"
 SEEDS = [1, 2, 3]
@@ -96,13 +96,7 @@ def expected(rules):
 
 
 def test_every_verdict_follows_from_the_tables(committed, rules):
-    again = expected(rules)
-    assert set(again) == set(committed.index)
-    for id, (values, margin, ratio) in again.items():
-        row = committed.loc[id]
-        assert [float(value) for value in row["values"].split()] == pytest.approx(values, rel=2e-3, abs=2e-3), id
-        assert row["verdict"].split(":")[0] == judged(values, margin, ratio), id
-        assert row["margin"] == margin and row["ratio"] == ratio and row["n"] == len(values)
+    require_the_same(committed, expected(rules))
 
 
 def test_the_peaks_are_those_of_the_layers():

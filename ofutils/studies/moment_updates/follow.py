@@ -152,7 +152,7 @@ def perform(task: Task, report=lambda step, loss: None) -> dict:
             looks = step % BENT == 0
             old = {name: one.detach().clone() for name, one in loop.model.named_parameters()} if looks else {}
             loss = float(loop.step(step))
-            params.require(isfinite(loss), f"{task.label}: the loss is not finite after step {step + 1}")
+            params.require(isfinite(loss), f"the loss is not finite after step {step + 1}")
             change = _activation(loop, rows) - before
             found = dict(zip(("m2", "m4"), moments(before), strict=True)) | terms(before, change)
             if looks:
