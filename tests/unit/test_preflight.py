@@ -11,6 +11,7 @@ from ofutils.studies.bert_outliers import tasks
 from tests import stand_ins
 
 BERT, PYTHIA, GLUE = "google-bert/bert-base-uncased", "EleutherAI/pythia-70m", "nyu-mll/glue"
+OPT = "facebook/opt-1.3b"
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_everything_of_scale_paper_is_wanted_once():
     others = {name for name, revision in models if revision == "main"}
     assert others == {
         *(BERT, "FacebookAI/roberta-base", hub.MINILM),
-        *("openai-community/gpt2", "google/vit-base-patch16-224-in21k"),
+        *("openai-community/gpt2", "google/vit-base-patch16-224-in21k", OPT),
     }
     tables = {(name, file) for name, _, file in wanted if file}
     of_tasks = {(task, split) for task, one in tasks.TASKS.items() for split in ("train", *one.splits)}
@@ -63,13 +64,13 @@ def test_everything_of_scale_paper_is_wanted_once():
     wikitext = {
         ("Salesforce/wikitext", f"wikitext-2-raw-v1/{split}/0000.parquet") for split in ("test", "validation")
     }
-    assert tables == of_glue | wikitext and len(wanted) == len(models) + len(tables) == 60 + 5 + 17 + 2
+    assert tables == of_glue | wikitext and len(wanted) == len(models) + len(tables) == 60 + 6 + 17 + 2
 
 
 def test_a_tokenizer_is_wanted_where_one_is_read():
     wanted = preflight.wanted("paper")
     assert [name for (name, _, _), tokenizer in wanted.items() if tokenizer] == [
-        *(BERT, PYTHIA, "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "FacebookAI/roberta-base")
+        *(BERT, PYTHIA, "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "FacebookAI/roberta-base", OPT)
     ]
     assert wanted["FacebookAI/roberta-base", "main", ""] and not preflight.wanted("paper", "02_bert_outliers").get(
         ("FacebookAI/roberta-base", "main", "")
@@ -77,7 +78,7 @@ def test_a_tokenizer_is_wanted_where_one_is_read():
 
 
 def test_a_notebook_a_scale_and_a_model_choose():
-    assert [*preflight.wanted("paper", "03_quant")] == [(BERT, "main", "")]
+    assert [*preflight.wanted("paper", "05_attention_sinks")] == [(BERT, "main", "")]
     assert [*preflight.wanted("small")] == [(hub.MINILM, "main", "")] and not preflight.wanted("tiny")
     assert {name for name, _, _ in preflight.wanted("paper", "01_pythia_kurtosis", "some/model")} == {
         *("some/model", "Salesforce/wikitext")
@@ -101,13 +102,13 @@ def test_all_of_it_has_a_stand_in():
 
 def test_what_is_there_is_listed_without_being_fetched(complete, capsys, tmp_path):
     lines, failed = printed(capsys)
-    assert failed is None and len(lines) == 85
+    assert failed is None and len(lines) == 86
     assert f"{BERT}, revision main: safetensors, 4.2 MB, not cached" in lines
     assert f"{PYTHIA}, revision step4: safetensors, 2.8 MB, not cached" in lines  # no tokenizer is read there
-    assert lines[-1].startswith("84 of 84 are there, 0.19 GB, 0.00 GB of them cached")
+    assert lines[-1].startswith("85 of 85 are there, 0.19 GB, 0.00 GB of them cached")
     assert all(path.startswith("api/") for _, path, _ in complete.asked) and not (tmp_path / "home").exists()
     of_revisions = [path for _, path, _ in complete.asked if "/revision/" in path]
-    assert len(of_revisions) == 60 + 5 + 2  # one each, whatever is read of it
+    assert len(of_revisions) == 60 + 6 + 2  # one each, whatever is read of it
 
 
 def without(file, revision="main"):
@@ -149,8 +150,8 @@ def test_what_was_taken_away_is_named(taken, complete, capsys):
     lines, failed = printed(capsys)
     (missing,) = [line for line in lines if line.startswith("missing: ")]
     assert name in missing and message in missing
-    assert failed == f"1 of 84 are missing, e.g. {missing.removeprefix('missing: ')}"
-    assert lines[-1].startswith("83 of 84 are there")
+    assert failed == f"1 of 85 are missing, e.g. {missing.removeprefix('missing: ')}"
+    assert lines[-1].startswith("84 of 85 are there")
 
 
 def test_a_data_set_that_is_gone_is_named_by_each_of_its_files(complete, capsys):
@@ -162,7 +163,7 @@ def test_a_data_set_that_is_gone_is_named_by_each_of_its_files(complete, capsys)
 
 def test_a_hub_that_fails_is_one_line_each(complete, capsys):
     complete.wrong = (500, None)
-    lines, failed = printed(capsys, "--notebook", "03_quant")
+    lines, failed = printed(capsys, "--notebook", "12_beyond")
     assert f"{BERT}, revision main cannot be fetched" in failed and "the Hub says 500" in failed
 
 
@@ -217,9 +218,9 @@ def test_offline_what_is_in_the_cache_is_listed(tmp_path, served, monkeypatch, c
 
     stand_ins.build(tmp_path / "home", [BERT])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    lines, failed = printed(capsys, "--notebook", "03_quant")
+    lines, failed = printed(capsys, "--notebook", "12_beyond")
     assert failed is None and lines[0].startswith(f"{BERT}, revision main: safetensors") and "MB, cached" in lines[0]
     (weights,) = (tmp_path / "home").rglob("model.safetensors")
     weights.unlink()
-    assert "1 of 1 are missing" in printed(capsys, "--notebook", "03_quant")[1]
+    assert "1 of 1 are missing" in printed(capsys, "--notebook", "12_beyond")[1]
     assert not served.asked
