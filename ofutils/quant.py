@@ -68,8 +68,9 @@ class QuantSettings:
 
     @property
     def label(self) -> str:
-        """`W8A8` and the like, with what is not per tensor or left out."""
-        fine = "" if self.granularity == "tensor" else f" per {self.granularity}"
+        """`W8A8` and the like, with what is not the default of estimators and draws, not per tensor, or left out."""
+        fine = "" if self.weights == "mse" or self.weight_granularity != "tensor" else " min-max"
+        fine += "" if self.granularity == "tensor" else f" per {self.granularity}"
         fine += "" if self.weight_granularity == "tensor" else f", weights per {self.weight_granularity}"
         fine += f", exact beyond {self.outlier_threshold:g}" if self.outlier_threshold else ""
         return f"W{self.weight_bits}A{self.activation_bits}{fine}" + "".join(f" -{kind}" for kind in self.skip)
