@@ -17,6 +17,7 @@ import transformers
 
 from ofutils import hub, params, preflight, probes, sweep, train
 from ofutils.records import differing
+from ofutils.studies.clipped_softmax_gating import sinks
 from ofutils.studies.moment_updates import follow
 from ofutils.studies.optimizers import mlp
 from ofutils.transformer import Transformer, clm_loss
@@ -38,6 +39,16 @@ def records_of_04_token_frequency(corpus):
     write_records(sweep.read_recipe("04_token_frequency", "paper", steps=8, corpus=corpus))
 
 
+def records_of_06_clipped_softmax_gating(corpus):
+    draw = random.Random(0)
+    for name in sinks.RECIPES:
+        recipe = sweep.read_recipe(name, "paper", steps=8, seeds=1, corpus=corpus)
+        write_records(recipe)
+        for job in recipe.jobs:
+            found = {kind: {of: draw.random() for of in ("tokens", "attention", "outliers")} for kind in sinks.KINDS}
+            train.store().write("sinks", {"run": differing(job.config)}, found, params.environment())
+
+
 def records_of_07_op_block(corpus):
     for name in ("07_op_block", "07_op_block_rates", "07_op_block_own", "07_op_block_forms"):
         write_records(sweep.read_recipe(name, "paper", steps=8, seeds=1, corpus=corpus))
@@ -54,11 +65,12 @@ def records_of_08_optimizers(corpus):
 
 def records_of_09_moment_updates(corpus):
     x, change = torch.randn(2, 8, 4)
-    per_step = {name: float(one) for name, one in follow.terms(x, change).items()} | {"loss": 4.0}
-    result = {name: [value] * 8 for name, value in per_step.items()} | {"bend": [0.1], "held_out": 4.0}
+    terms = {name: float(one) for name, one in follow.terms(x, change).items()}
+    result = {name: [8 * value] for name, value in terms.items()} | {"loss": [4.0], "bend": [0.1], "held_out": 4.0}
     for order, start in zip("24", map(float, follow.moments(x)), strict=True):
-        change_a_step = sum(value for name, value in per_step.items() if name.startswith(f"u{order}"))
-        result[f"m{order}"] = [start + step * change_a_step for step in range(9)]
+        change_a_step = sum(value for name, value in terms.items() if name.startswith(f"u{order}"))
+        result[f"m{order}"] = [start, start + 8 * change_a_step]
+    result |= {f"{name} / m4": [8 * terms[name] / result["m4"][0]] for name in follow.FOURTH}
     for task in follow.tasks("paper", steps=8, seeds=1, corpus=corpus):
         train.store().write("moments", task.key, result, params.environment() | {"corpus": corpus})
 
@@ -86,6 +98,11 @@ ENTRIES = {
         (BERT, ROBERTA, "Salesforce/wikitext"),
         {"steps": 8, "sentences": 6, "counts": "text", "corpus": CORPUS},
         records_of_04_token_frequency,
+    ),
+    "06_clipped_softmax_gating": (
+        (),
+        {"steps": 8, "seeds": 1, "timed": 1, "corpus": CORPUS},
+        records_of_06_clipped_softmax_gating,
     ),
     "07_op_block": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_07_op_block),
     "08_optimizers": ((), {"steps": 8, "seeds": 2, "corpus": CORPUS}, records_of_08_optimizers),
