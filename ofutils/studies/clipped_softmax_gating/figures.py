@@ -114,7 +114,8 @@ def alphas(grids: pd.DataFrame, title: str) -> Figure:
     own = grids[grids["pi"].isna() & (grids["gamma"] == 0) & (grids["zeta"] == 1)]
     plain = own[own["alpha"] == 0].set_index(["context", "seed"])["loss"]
     at = pd.MultiIndex.from_frame(own[["context", "seed"]])
-    own = own.assign(change=own["loss"] - plain.reindex(at).to_numpy(), T=own["context"].astype(str))
+    lengths = own["context"].astype(str) + own["row_aware"].map({True: ", gamma = -alpha / t", False: ""})
+    own = own.assign(change=own["loss"] - plain.reindex(at).to_numpy(), T=lengths)
     fig, axs = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     wanted = {
         "change": "loss above vanilla's, nats",

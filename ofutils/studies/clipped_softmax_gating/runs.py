@@ -73,11 +73,11 @@ def in_the_laboratory(recipe: sweep.Recipe) -> pd.DataFrame:
 
 
 def grid(recipe: sweep.Recipe) -> pd.DataFrame:
-    """`in_the_laboratory`, and what each method sets: `gamma`, `zeta`, `alpha`, `context`, `pi` (NaN: no gate)."""
+    """`in_the_laboratory`, and what each method sets: `gamma`, `zeta`, `alpha`, `row_aware`, `context`, `pi` (NaN: no gate)."""
     configs = {job.method: job.config.model for job in recipe.jobs}
     found = in_the_laboratory(recipe)
     own = {method: model.attention for method, model in configs.items()}
-    for name in ("gamma", "zeta", "alpha"):
+    for name in ("gamma", "zeta", "alpha", "row_aware"):
         found[name] = found["method"].map({method: getattr(one, name) for method, one in own.items()})
     gates = {method: one.pi_init if one.gate != "none" else float("nan") for method, one in own.items()}
     found["context"] = found["method"].map({method: model.context for method, model in configs.items()})
