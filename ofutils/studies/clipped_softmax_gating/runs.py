@@ -73,7 +73,11 @@ def in_the_laboratory(recipe: sweep.Recipe) -> pd.DataFrame:
 
 
 def grid(recipe: sweep.Recipe) -> pd.DataFrame:
-    """`in_the_laboratory`, and what each method sets: `gamma`, `zeta`, `alpha`, `row_aware`, `context`, `pi` (NaN: no gate)."""
+    """`in_the_laboratory`, and what each method sets.
+
+    Returns:
+        More columns: `gamma`; `zeta`; `alpha`; `row_aware`; `context`; `pi`, NaN where there is no gate.
+    """
     configs = {job.method: job.config.model for job in recipe.jobs}
     found = in_the_laboratory(recipe)
     own = {method: model.attention for method, model in configs.items()}
