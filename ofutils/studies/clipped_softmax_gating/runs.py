@@ -123,14 +123,15 @@ class Asked:
     untestable: str = ""
 
 
-def bert_claims(runs: pd.DataFrame, visible: float) -> list[Asked]:
+def bert_claims(runs: pd.DataFrame, visible: float, outlier: float) -> list[Asked]:
     """Of the BERT-like models.
 
     Args:
         runs: from `table`.
         visible: the least cost of rounding vanilla, in nats, at which savings are judged.
+        outlier: the least kurtosis of vanilla at which it is judged whether outliers go.
     """
-    of, found = runs.pivot(index="seed", columns="method"), []
+    of, none, found = runs.pivot(index="seed", columns="method"), _none(runs, outlier), []
 
     def saves(id, method, bits):
         cost = of[bits]["vanilla"]
@@ -140,36 +141,41 @@ def bert_claims(runs: pd.DataFrame, visible: float) -> list[Asked]:
 
     for short, method in (("clipped", "clipped softmax"), ("gated", "gated attention"), ("mlp", "gate, MLP")):
         start = f"bondarenko2023-bert-{short}"
-        text = f"BERT: {method} divides vanilla's {{}} by"
-        norm, kurtosis = (of[column]["vanilla"] / of[column][method] for column in ("norm", "kurtosis"))
-        found.append(Asked(f"{start}-norm", text.format("max inf norm (mlp_out)"), norm, "factor", True))
-        found.append(Asked(f"{start}-kurtosis", text.format("kurtosis (mlp_out, norm2)"), kurtosis, "factor", True))
+        for column, said in (("norm", "max inf norm (mlp_out)"), ("kurtosis", "kurtosis (mlp_out, norm2)")):
+            text, ratio = f"BERT: {method} divides vanilla's {said} by", of[column]["vanilla"] / of[column][method]
+            found.append(Asked(f"{start}-{column}", text, ratio, "factor", True, none))
         gain = of["loss"]["vanilla"] - of["loss"][method]
         found.append(Asked(f"{start}-fp", f"BERT: {method} lowers the loss (nats) by", gain, "-fp_cost"))
         saves(f"{start}-w8a8", method, PLACES["BERT, text"])
     less = of["norm"]["clipped softmax, alpha 0.64"] / of["norm"]["clipped softmax"]
     text = "BERT: max inf norm at alpha 0.64 over that at 3.2"
-    found.append(Asked("bondarenko2023-bert-gamma", text, less, "factor", True))
-    ranges = of["W6A8 min-max"]["vanilla"] / of["W6A8"]["vanilla"]
+    found.append(Asked("bondarenko2023-bert-gamma", text, less, "factor", True, none))
+    cost, ranges = of["W6A8 min-max"]["vanilla"], of["W6A8 min-max"]["vanilla"] / of["W6A8"]["vanilla"]
+    why = "" if cost.mean() >= visible else f"vanilla loses less than {visible:g} nats at W6A8"
     text = "BERT: vanilla's W6A8 cost with min-max ranges of weights over that with MSE ranges"
-    found.append(Asked("bondarenko2023-bert-mse", text, ranges, "higher", True))
+    found.append(Asked("bondarenko2023-bert-mse", text, ranges, "higher", True, why))
     saves("bondarenko2023-bert-clipped-w6a6", "clipped softmax", "W6A6")
     saves("bondarenko2023-bert-gated-w6a6", "gate, MLP", "W6A6")
     return found
 
 
-def opt_claims(runs: pd.DataFrame) -> list[Asked]:
+def _none(runs: pd.DataFrame, outlier: float) -> str:
+    kurtosis = runs[runs["method"] == "vanilla"]["kurtosis"].mean()
+    return "" if kurtosis >= outlier else f"vanilla has no outliers, its kurtosis is {kurtosis:.0f}"
+
+
+def opt_claims(runs: pd.DataFrame, outlier: float) -> list[Asked]:
     """Of the OPT-like models on text: gates that read all heads, and whether clipping by row mends clipping.
 
     Args:
-        runs: from `table`, vanilla, clipped and gated runs of 03_quant among them.
+        runs: from `table`.
+        outlier: as in `bert_claims`.
     """
-    of, start = runs.pivot(index="seed", columns="method"), "bondarenko2023-gate-all-heads"
-    loss, norm, wide = of["loss"], of["norm"], "gate, all heads"
-    text, less = f"OPT: {wide}, ", norm["vanilla"] / norm[wide]
-    rows = loss["clipped softmax"] - loss["row-aware clipped softmax"]
+    of, start, wide = runs.pivot(index="seed", columns="method"), "bondarenko2023-gate-all-heads", "gate, all heads"
+    loss, less, text = of["loss"], of["norm"]["vanilla"] / of["norm"][wide], f"OPT: {wide}, "
+    rows, none = loss["clipped softmax"] - loss["row-aware clipped softmax"], _none(runs, outlier)
     return [
-        Asked(f"{start}-norm", f"{text}divides vanilla's max inf norm (resid_post) by", less, "factor", True),
+        Asked(f"{start}-norm", f"{text}divides vanilla's max inf norm (resid_post) by", less, "factor", True, none),
         Asked(f"{start}-fp", f"{text}lowers the loss (nats) by", loss["vanilla"] - loss[wide], "-fp_cost"),
         Asked("", "OPT: clipping by row lowers the loss of clipped softmax (nats) by", rows, "gain"),
     ]
