@@ -291,8 +291,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices and embeddings N(0, init_std), biases 0, norms 1; gates keep their own start."""
-        for module in self.modules():
+        """Matrices and embeddings N(0, init_std), biases 0, norms 1; gates and what `linear_init` names stay."""
+        own, keep = self.config.attention.linear_init, ("q", "k", "v") + self.config.causal * ("attn_out",)
+        kept = {getattr(block.attention, name) for block in self.blocks for name in keep} if own else set()
+        for module in (one for one in self.modules() if one not in kept):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(0, self.config.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
