@@ -220,5 +220,5 @@ def laboratory_claims(runs: pd.DataFrame, grids: pd.DataFrame) -> list[Asked]:
     for method in ("row-aware clipped softmax", "softmax off by one", "sink logit", "sigmoid"):
         for column, words in (("sink", "attention to <s>"), ("norm", "max inf norm")):
             text, own = f"laboratory: {method} divides vanilla's {words} by", later[column]
-            found.append(Asked("", text, own["vanilla"] / own[method], "factor", True))
+            found.append(Asked("", text, (own["vanilla"] / own[method]).dropna(), "factor", True))
     return found
