@@ -49,7 +49,7 @@ def forms(steps: pd.DataFrame, column: str, label: str, title: str) -> Figure:
 
     Args:
         steps: from `trajectories.layers`, with the methods of PATH and WEAK.
-        column: of it.
+        column: of it; `scale` is drawn on a logarithmic axis.
         label: of the vertical axis.
     """
     kinds = dict.fromkeys(PATH, "norms one at a time") | {one: one.split()[0] for one in WEAK}
@@ -57,7 +57,9 @@ def forms(steps: pd.DataFrame, column: str, label: str, title: str) -> Figure:
     inner = steps[(steps["block"] != "out") & steps["method"].isin(kinds)]
     most = inner.groupby(["method", "seed", "step"], sort=False)[column].max().reset_index()
     most["kind"] = most["method"].map(kinds)
-    return trajectories.small_multiples(most, column, label, title, PATH | WEAK, True, "kind")
+    fig = trajectories.small_multiples(most, column, label, title, PATH | WEAK, column == "scale", "kind")
+    fig.set_figheight(4.6)  # the legend is long
+    return fig
 
 
 def overview(runs: pd.DataFrame, steps: pd.DataFrame, forms: pd.DataFrame, title: str) -> Figure:
