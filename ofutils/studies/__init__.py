@@ -1,5 +1,6 @@
 """What one notebook alone computes, under that notebook's name; the others need the core only.
 
+start_here              00: the map of every figure, table and item of the papers
 bert_outliers           02: damage without dimensions, geometry; fine-tuning, and its tasks
 quant                   03: a trained checkpoint healed; figures
 token_frequency         04: correlations with frequency, token counts, what is predicted
