@@ -51,10 +51,11 @@ class Subject:
         )
 
 
-def subjects(loads: sources.Sources, jobs: Iterable) -> list[Subject]:
-    """The published checkpoints that a notebook loads or, where there are none, the trainings of `jobs`."""
+def subjects(loads: sources.Sources, jobs: Iterable, last: int = 0) -> list[Subject]:
+    """The published checkpoints that a notebook loads, up to the step `last` (0: all), else the runs of `jobs`."""
+    steps = tuple(step for step in loads.steps if step <= (last or step))
     published = [
-        Subject("MultiBERTs", seed, Published(name, loads.steps, None), loads.texts[0])
+        Subject("MultiBERTs", seed, Published(name, steps, None), loads.texts[0])
         for seed, name in enumerate(loads.models)
     ]
     return published or [Subject(job.method, job.config.seed, job.config) for job in jobs]
@@ -99,7 +100,7 @@ def dimensions(model: Transformer, rows: Iterable[probes.Batch], counts: Tensor,
     block = size.argmax(0, keepdim=True)
     norms = dims.norms(model, "norm2" if post else dims.ALL_NORMS).values()
     kinds = [[getattr(norm, kind).double().cpu() for norm in norms] for kind in ("weight", "bias")]
-    weight = [_distances(torch.stack(kind)).abs().mean(0) for kind in kinds]  # (D,) each
+    weight = [_distances(torch.stack(kind)).nan_to_num(0.0).abs().mean(0) for kind in kinds]  # (D,) each
     found = {"size": size.gather(0, block)[0], "weight": torch.maximum(*weight), "frequency": r.gather(0, block)[0]}
     return {name: values.nan_to_num(0.0, 0.0, 0.0) for name, values in found.items()}
 
@@ -163,6 +164,11 @@ def recall(subject: Subject) -> dict | None:
     return train.store().find("emergence", subject.key)
 
 
+def known(subject: Subject) -> bool:
+    """Whether it can be had without a training: published, or recorded."""
+    return isinstance(subject.source, Published) or recall(subject) is not None
+
+
 def table(chosen: list[Subject], workers: int | None = 0) -> pd.DataFrame:
     """One row per subject, checkpoint and dimension; what is missing is measured, see `perform`.
 
@@ -172,7 +178,7 @@ def table(chosen: list[Subject], workers: int | None = 0) -> pd.DataFrame:
     Returns:
         text; seed; step; dimension; MEASURES.
     """
-    sizes = [0 if recall(one) else getattr(one.source, "steps", 1) for one in chosen]
+    sizes = [0 if recall(one) else 1 for one in chosen]
     rows = []
     for one, record in zip(chosen, pool.finish(perform, chosen, sizes, workers), strict=True):
         for at in record["result"]["rows"]:
