@@ -88,7 +88,11 @@ def test_standing_is_one_for_the_same_dimensions_and_a_half_by_chance():
     standing = emergence.standings(found, 2).set_index("step")
     assert standing.loc[0, [*emergence.MEASURES]].tolist() == [0.5, 0.5, 0.5]
     assert standing.loc[8, [*emergence.MEASURES]].tolist() == [1.0, 1.0, 0.5]
-    claims = {id: values for id, _, values, _, _ in emergence.claims(standing.reset_index(), "natural")}
+    end = pd.DataFrame(
+        {"text": ["a", "b", "c"], "seed": 1, "kurtosis - 1": [1.0, 2, 3], "correlation": [0.2, 0.1, 0.3]}
+    )
+    claims = {id: values for id, _, values, _, _ in emergence.claims(standing.reset_index(), end, "natural")}
+    assert list(claims.pop("he2024-data-correlation")) == pytest.approx([0.5])
     assert {id.rpartition("-")[2]: list(values) for id, values in claims.items()} == {
         "weights": [1.0],
         "frequency": [0.5],

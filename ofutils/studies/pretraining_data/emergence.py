@@ -9,6 +9,7 @@ Every dimension is followed through the checkpoints of a training, by three numb
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import mean
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ from ofutils.transformer import Transformer
 MEASURES = ("size", "weight", "frequency")
 _ROWS, _BATCH = 8, 16  # batches of held-out text, and rows of each
 _SENTENCES = 1200  # of the text on which published checkpoints are measured
+_END = ("neuron_kurtosis", "input_correlation_rms")  # means over blocks, at the last checkpoint
 KEYS = ["text", "seed"]
 
 
@@ -61,6 +63,15 @@ def subjects(loads: sources.Sources, jobs: Iterable, last: int = 0) -> list[Subj
     return published or [Subject(job.method, job.config.seed, job.config) for job in jobs]
 
 
+def output_of(model: Transformer) -> str:
+    """The site of a block's output."""
+    return "norm2" if _post(model) else "resid_post"
+
+
+def _post(model: Transformer) -> bool:
+    return model.config.norm_position == "post"
+
+
 @torch.no_grad()
 def dimensions(model: Transformer, rows: Iterable[probes.Batch], counts: Tensor, kept: Tensor) -> dict[str, Tensor]:
     """The three numbers of every dimension of a model.
@@ -82,13 +93,13 @@ def dimensions(model: Transformer, rows: Iterable[probes.Batch], counts: Tensor,
         MEASURES, (D,) float64 each. A number that cannot be told, of equal weights or of a frequency that does not
         vary, is 0.
     """
-    post = model.config.norm_position == "post"
+    norms = dims.norms(model, "norm2" if _post(model) else dims.ALL_NORMS).values()
     sums: dict[str, dict[str, Tensor]] = {}
     for batch in rows:
         ids, mask = probes.ids_and_mask(batch)
         real = mask & kept[ids]  # (B, T)
         x = counts[ids[real]].double()  # (N,)
-        with probes.capture(model, "norm2" if post else "resid_post") as found:
+        with probes.capture(model, output_of(model)) as found:
             probes.run(model, batch)
         for site, h in found.items():
             h = h.cpu()[real].abs().double()  # (N, D)
@@ -98,7 +109,6 @@ def dimensions(model: Transformer, rows: Iterable[probes.Batch], counts: Tensor,
             sums[site] = {name: before[name] + part for name, part in parts.items()}
     size, r = (torch.stack(both) for both in zip(*map(_read, sums.values()), strict=True))  # (blocks, D)
     block = size.argmax(0, keepdim=True)
-    norms = dims.norms(model, "norm2" if post else dims.ALL_NORMS).values()
     kinds = [[getattr(norm, kind).double().cpu() for norm in norms] for kind in ("weight", "bias")]
     weight = [_distances(torch.stack(kind)).nan_to_num(0.0).abs().mean(0) for kind in kinds]  # (D,) each
     found = {"size": size.gather(0, block)[0], "weight": torch.maximum(*weight), "frequency": r.gather(0, block)[0]}
@@ -152,7 +162,9 @@ def perform(subject: Subject, report: Callable[[int, float], None] = lambda step
         model = model if ours else families.from_hf(model).to(params.device())
         numbers = dimensions(model, rows, counts, kept)
         found.append({"step": step} | {name: _short(values) for name, values in numbers.items()})
-    return train.store().write("emergence", subject.key, {"rows": found}, params.environment() | {"corpus": corpus})
+    end = probes.measure(model, rows, output_of(model), meters=(*_END,)).summary()["sites"].values()
+    result = {"rows": found, "end": {name: mean(site[name] for site in end) for name in _END}}
+    return train.store().write("emergence", subject.key, result, params.environment() | {"corpus": corpus})
 
 
 def _short(values: Tensor) -> list[float]:
@@ -185,6 +197,14 @@ def table(chosen: list[Subject], workers: int | None = 0) -> pd.DataFrame:
             about = {"text": one.text, "seed": one.seed, "step": at["step"]}
             rows.append(pd.DataFrame({name: at[name] for name in MEASURES}).rename_axis("dimension").assign(**about))
     return pd.concat(rows).reset_index()[[*KEYS, "step", "dimension", *MEASURES]]
+
+
+def ends(chosen: list[Subject]) -> pd.DataFrame:
+    """One row per subject that is recorded: text; seed; at the output of the blocks at the last checkpoint, means over
+    blocks, `kurtosis - 1` (neuron) and `correlation` (input, RMS)."""
+    records = [(one, recall(one)["result"]["end"]) for one in chosen]
+    rows = [(one.text, one.seed, end["neuron_kurtosis"] - 1, end["input_correlation_rms"]) for one, end in records]
+    return pd.DataFrame(rows, columns=[*KEYS, "kurtosis - 1", "correlation"])
 
 
 def largest(found: pd.DataFrame, top: int) -> dict[tuple[str, int], list[int]]:
@@ -227,28 +247,23 @@ def appear(standing: pd.DataFrame, same: float) -> pd.DataFrame:
     return pd.DataFrame(found).T.rename_axis(KEYS)
 
 
-def claims(standing: pd.DataFrame, text: str) -> list[tuple[str, str, pd.Series, str, bool]]:
-    """What is judged of the trainings on a text, in the form of `texts.claims`.
+def claims(standing: pd.DataFrame, end: pd.DataFrame, text: str) -> list[tuple[str, str, pd.Series, str, bool]]:
+    """What is judged of the trainings on a text and, by the last one, of all texts, in the form of `texts.claims`.
 
     Args:
         standing: from `standings`.
+        end: from `ends`, of one learning rate.
     """
     own = standing[standing["text"] == text]
     last = own[own["step"] == own["step"].max()].set_index("seed")
-    said = "the dimensions that are largest in the end stand above others in"
+    said = f"{text}: the dimensions that are largest in the end stand above this share of the others in"
+    by_seed = end.groupby("seed")[["kurtosis - 1", "correlation"]]
+    ranks = by_seed.apply(lambda one: one.corr(method="spearman").iloc[0, 1])
+    over = (
+        "over texts, kurtosis and input correlation (RMS, output of the blocks) at the end have a rank correlation of"
+    )
     return [
-        (
-            "puccetti2022-emergence-weights",
-            f"{text}: {said} their LayerNorm parameters (share)",
-            last["weight"],
-            "same",
-            False,
-        ),
-        (
-            "puccetti2022-emergence-frequency",
-            f"{text}: {said} r with frequency (share)",
-            last["frequency"],
-            "same",
-            False,
-        ),
+        ("puccetti2022-emergence-weights", f"{said} LayerNorm parameters:", last["weight"], "same", False),
+        ("puccetti2022-emergence-frequency", f"{said} r with frequency:", last["frequency"], "same", False),
+        ("he2024-data-correlation", over, ranks, "rank_margin", False),
     ]

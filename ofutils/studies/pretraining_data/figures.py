@@ -134,16 +134,16 @@ def standing(found: pd.DataFrame, same: float, title: str) -> Figure:
 
 
 def propagation(runs: pd.DataFrame, title: str) -> Figure:
-    """Kurtosis against input correlation at the end, a dot a run; left the first checkpoints' way there.
+    """Kurtosis against input correlation at the end of training, a dot a run.
 
     Args:
-        runs: from `texts.summary`.
+        runs: from `emergence.ends`.
     """
     fig, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    own = runs[~runs["text"].str.endswith(LOWER)]
-    sns.scatterplot(own, x="correlation", y="end", hue="text", palette=COLORS, s=70, ax=ax)
+    palette = COLORS | dict.fromkeys(set(runs["text"]) - {*COLORS}, "#000000")
+    sns.scatterplot(runs, x="correlation", y="kurtosis - 1", hue="text", palette=palette, s=70, ax=ax)
     plots.log_scale(ax, "y")
-    ax.set(xlabel="input correlation (RMS), mean over streams", ylabel="neuron kurtosis - 1, mean over streams")
+    ax.set(xlabel="input correlation (RMS), mean over blocks", ylabel="neuron kurtosis - 1, mean over blocks")
     sns.move_legend(ax, "center left", bbox_to_anchor=(1, 0.5), title="")
     fig.suptitle(title, x=0, ha="left")
     return fig

@@ -56,8 +56,7 @@ def curves(outcomes: list[sweep.Outcome]) -> pd.DataFrame:
     Returns:
         text (the method), seed, rate, step, `loss` on held-out text of its own kind (nats); over the residual
         streams, the embedding's among them: `kurtosis - 1`, the mean of the neuron kurtosis less 1, and `highest
-        kurtosis - 1`, the largest; `largest |x|`; `correlation`, the mean of the input correlation (RMS); and `beyond
-        frequencies`, the loss less `unigram_loss`.
+        kurtosis - 1`, the largest; `largest |x|`; and `beyond frequencies`, the loss less `unigram_loss`.
     """
     rows, known = [], {}
     for outcome in outcomes:
@@ -73,14 +72,13 @@ def curves(outcomes: list[sweep.Outcome]) -> pd.DataFrame:
                 "kurtosis - 1": sites["neuron_kurtosis"].mean() - 1,
             }
             row |= {"highest kurtosis - 1": sites["neuron_kurtosis"].max() - 1, "largest |x|": sites["max_abs"].max()}
-            row |= {"correlation": sites["input_correlation_rms"].mean()}
             rows.append(row | {"beyond frequencies": at["loss"] - known[config.variant]})
     return pd.DataFrame(rows)
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:
     """One row per run: `peak` and `end` of the kurtosis - 1, `highest peak` and `highest end` of the highest one, and
-    at the last checkpoint `largest` |x|, `correlation`, `loss` and `beyond` frequencies.
+    at the last checkpoint `largest` |x|, `loss` and `beyond` frequencies.
 
     Args:
         found: from `curves`.
@@ -134,10 +132,6 @@ def claims(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
         found.append(("", text, peak[one] / peak["natural"], "factor", True))
     text = "peak of kurtosis - 1 (residual stream) over training: many separators divided by one"
     found.append(("", text, peak["many separators"] / peak["one separator"], "factor", True))
-    texts = runs[~runs["text"].str.endswith(LOWER)].groupby("seed")[["end", "correlation"]]
-    ranks = texts.apply(lambda one: one.corr(method="spearman").iloc[0, 1])
-    text = "over texts, kurtosis and input correlation (RMS) at the end have a rank correlation of"
-    found.append(("he2024-data-correlation", text, ranks, "rank_margin", False))
     return found
 
 
