@@ -5,9 +5,11 @@ Every dimension is followed through the checkpoints of a training, by three numb
     size       how far its root mean square lies above that of the others, at the output of a block
     weight     how far its gain or bias lies from that of the others, in LayerNorms
     frequency  how its magnitude goes with the frequency of the token
+
+    python -m ofutils.studies.pretraining_data.emergence    follows those of scale small, and adds to figures/records
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -16,7 +18,21 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ofutils import UserError, batches, data, dims, families, frequency, hub, params, pool, probes, sources, train
+from ofutils import (
+    UserError,
+    batches,
+    data,
+    dims,
+    families,
+    frequency,
+    hub,
+    params,
+    pool,
+    probes,
+    sources,
+    sweep,
+    train,
+)
 from ofutils.records import differing
 from ofutils.sentences import sentence_batches
 from ofutils.train import Published, TrainConfig
@@ -53,14 +69,20 @@ class Subject:
         )
 
 
-def subjects(loads: sources.Sources, jobs: Iterable, last: int = 0) -> list[Subject]:
-    """The published checkpoints that a notebook loads, up to the step `last` (0: all), else the runs of `jobs`."""
+def subjects(loads: sources.Sources, jobs: Sequence, last: int = 0) -> list[Subject]:
+    """The published checkpoints that a notebook loads, else the runs of `jobs` at the learning rate of the first.
+
+    Args:
+        last: of the published ones, those up to this step; 0: all.
+    """
     steps = tuple(step for step in loads.steps if step <= (last or step))
     published = [
         Subject("MultiBERTs", seed, Published(name, steps, None), loads.texts[0])
         for seed, name in enumerate(loads.models)
     ]
-    return published or [Subject(job.method, job.config.seed, job.config) for job in jobs]
+    return published or [
+        Subject(job.method, job.config.seed, job.config) for job in jobs if job.config.lr == jobs[0].config.lr
+    ]
 
 
 def output_of(model: Transformer) -> str:
@@ -200,8 +222,11 @@ def table(chosen: list[Subject], workers: int | None = 0) -> pd.DataFrame:
 
 
 def ends(chosen: list[Subject]) -> pd.DataFrame:
-    """One row per subject that is recorded: text; seed; at the output of the blocks at the last checkpoint, means over
-    blocks, `kurtosis - 1` (neuron) and `correlation` (input, RMS)."""
+    """One row per subject that is recorded, of its last checkpoint.
+
+    Returns:
+        text; seed; at the output of the blocks, means over them, `kurtosis - 1` (neuron), `correlation` (input, RMS).
+    """
     records = [(one, recall(one)["result"]["end"]) for one in chosen]
     rows = [(one.text, one.seed, end["neuron_kurtosis"] - 1, end["input_correlation_rms"]) for one, end in records]
     return pd.DataFrame(rows, columns=[*KEYS, "kurtosis - 1", "correlation"])
@@ -267,3 +292,18 @@ def claims(standing: pd.DataFrame, end: pd.DataFrame, text: str) -> list[tuple[s
         ("puccetti2022-emergence-frequency", f"{said} r with frequency:", last["frequency"], "same", False),
         ("he2024-data-correlation", over, ranks, "rank_margin", False),
     ]
+
+
+def main(arguments: list[str]) -> None:
+    """The command line."""
+    if {"-h", "--help"} & set(arguments):
+        return print(__doc__)
+    params.require(not arguments, f"no arguments are known, got {' '.join(arguments)}")
+    name, scale = "11_pretraining_data", "small"
+    chosen = subjects(sources.read(name, scale), sweep.read_recipe(name, scale).jobs)
+    table(chosen, None)
+    print("records written to", train.store().export([*map(recall, chosen)], f"emergence.{scale}"))
+
+
+if __name__ == "__main__":
+    params.main_guard(main)
