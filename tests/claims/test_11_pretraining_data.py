@@ -69,11 +69,10 @@ def test_the_standing_is_that_of_the_dimensions(rules):
 
 def test_one_text_against_another(stated, rules, peaks):
     start = "peak of kurtosis - 1 (residual stream) over training: "
-    names = {"without order": "shuffled", "without order and frequencies": "uniform", "one": "one separator"}
     ratios = stated[[claim.startswith(start) for claim in stated.index]]
-    assert len(ratios) == 7
+    assert len(ratios) == 4
     for claim, row in ratios.iterrows():
-        one, other = (names.get(name, name) for name in claim.removeprefix(start).split(" divided by "))
+        one, other = claim.removeprefix(start).split(" divided by ")
         values = peaks[one] / peaks[other]
         assert [float(value) for value in row["values"].split()] == pytest.approx(values.tolist(), rel=1e-3)
         assert row["verdict"].split(":")[0] == judged(values, rules["factor"], True)

@@ -51,7 +51,7 @@ def overview(curves: pd.DataFrame, runs: pd.DataFrame, toy: pd.DataFrame, title:
     axs[1].set(yticks=range(len(order)), yticklabels=order, xlabel="neuron kurtosis - 1, largest over streams")
     axs[1].invert_yaxis()
     axs[1].axhline(len(COLORS) - 0.5, color="black", lw=0.6)
-    axs[1].legend(loc="lower right", fontsize="small")
+    axs[1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     plots.log_scale(axs[1], "x")
     fig.suptitle(title, x=0, ha="left")
     return fig
@@ -100,10 +100,10 @@ def dimensions(found: pd.DataFrame, text: str, seed: int, top: int, title: str, 
         plane = own.pivot(index="dimension", columns="step", values=measure)
         reach = float(np.nanmax(plane.abs().to_numpy())) or 1.0
         style = {"cmap": "RdBu_r", "vmin": -reach, "vmax": reach} if measure == "frequency" else {"cmap": "rocket_r"}
-        sns.heatmap(plane.loc[order], ax=ax, yticklabels=True, xticklabels=2, **style)
+        sns.heatmap(plane.loc[order], ax=ax, yticklabels=True, xticklabels=2, linewidths=0.3, **style)
         ax.axhline(min(top, len(order)), color="black", lw=1.2)
         ax.set(title=SAID[measure], xlabel="step", ylabel="dimension" if ax is axs[0] else "")
-        ax.tick_params(axis="y", rotation=0)
+        ax.tick_params(axis="y", rotation=0, length=0)
         ax.tick_params(axis="x", rotation=0)
     fig.suptitle(title, x=0, ha="left")
     return fig
@@ -125,6 +125,7 @@ def standing(found: pd.DataFrame, same: float, title: str) -> Figure:
         ax.axhline(0.5, color="grey", lw=0.8, ls=":")
         ax.axhline(same, color="grey", lw=0.8)
         ax.set_xscale("symlog", linthresh=1)
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.set(title=SAID[measure], ylabel="share of the others that lie below", ylim=(-0.02, 1.02), xlim=(0, None))
         ax.get_legend().remove() if ax is not axs[2] else sns.move_legend(
             ax, "center left", bbox_to_anchor=(1, 0.5), title=""

@@ -127,11 +127,6 @@ def claims(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
             first = (one, end) == ("evenly split", "")
             id = "puccetti2022-frequency-drives" if first else ""
             found.append((id, text, peak[f"{one}{end}"] / peak[f"flattened{end}"], "factor", True))
-    for one, words in (("shuffled", "without order"), ("uniform", "without order and frequencies")):
-        text = f"peak of kurtosis - 1 (residual stream) over training: {words} divided by natural"
-        found.append(("", text, peak[one] / peak["natural"], "factor", True))
-    text = "peak of kurtosis - 1 (residual stream) over training: many separators divided by one"
-    found.append(("", text, peak["many separators"] / peak["one separator"], "factor", True))
     return found
 
 
