@@ -40,7 +40,7 @@ def described(jobs: list[sweep.Job]) -> pd.DataFrame:
             "unigram loss": unigram_loss(job.config),
             "begins with": tokens.train[:6].tolist(),
         }
-    return pd.DataFrame(rows).T.rename_axis("text")
+    return pd.DataFrame(rows).T.rename_axis("text").infer_objects()
 
 
 def unigram_loss(config: train.TrainConfig) -> float:
@@ -83,7 +83,7 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
     Args:
         found: from `curves`.
     """
-    runs = found.sort_values("step").groupby(["text", "seed", "rate"], sort=False)
+    runs = found.sort_values("step", kind="stable").groupby(["text", "seed", "rate"], sort=False)
     names = {"kurtosis - 1": "end", "highest kurtosis - 1": "highest end", "largest |x|": "largest"}
     last = runs.last().drop(columns="step").rename(columns=names | {"beyond frequencies": "beyond"})
     peaks = {"peak": runs["kurtosis - 1"].max(), "highest peak": runs["highest kurtosis - 1"].max()}
