@@ -199,8 +199,8 @@ def with_sites(model) -> nn.Module:
     """A Hugging Face model with its sites, to be read with `probes`. Nothing of it is converted or copied.
 
     Args:
-        model: BERT, RoBERTa, OPT, GPT-2, GPT-NeoX, Llama, Qwen2, Qwen3 or ViT, with any head or none; a model
-            that has sites already is returned as it is.
+        model: BERT, RoBERTa, OPT, GPT-2, GPT-NeoX, Llama, Qwen2, Qwen3, ViT or wav2vec2 (in its post-norm form),
+            with any head or none; a model that has sites already is returned as it is.
 
     Raises:
         UserError: another family, or a release of transformers that names its modules otherwise.
@@ -213,6 +213,8 @@ def with_sites(model) -> nn.Module:
         family = "opt (post-norm)"
     if family == "gpt_neox" and config.use_parallel_residual:
         family = "gpt_neox (parallel)"
+    if family == "wav2vec2" and config.do_stable_layer_norm:
+        family = "wav2vec2 (pre-norm)"  # of which there is no table
     params.require(family in SITES, f"no table of sites for {type(model).__name__}; known: {', '.join(SITES)}")
     return Sited(model, SITES[family])
 
@@ -228,9 +230,10 @@ class Sited(nn.Module):
 
     What a family lacks: all, `scores`, `gated`, `embed_positions`, `embed_segments`, `embed_typed`, `q_norm`,
     `k_norm`; GPT-2 and GPT-NeoX, whose queries, keys and values come from one matrix, `q`, `k`, `v`; GPT-NeoX with
-    parallel branches, `resid_mid`; all but BERT and RoBERTa, `embed_norm`; these two and post-norm OPT,
-    `norm_final`; all but an OPT with a narrow embedding, `project_in` and `project_out`. In ViT
-    `embed_tokens` are the patches, without the class token that the later sites have.
+    parallel branches, `resid_mid`; all but BERT, RoBERTa and wav2vec2, `embed_norm`; these three and
+    post-norm OPT, `norm_final`; all but an OPT with a narrow embedding, `project_in` and `project_out`. In ViT
+    `embed_tokens` are the patches, without the class token that the later sites have; in wav2vec2 they are the
+    projected frames of the waveform, of which there are no tokens.
 
     `probs` exist under `attn_implementation="eager"` (or another implementation that returns them); reading
     them under any other is an error that says so. Every site is (B, T, D), `probs` (B, H, T, T): what OPT

@@ -171,7 +171,7 @@ def _held_out(job: Job) -> tuple[list, str]:
     """Batches of held-out text for published checkpoints, in the tokens of their model, and the text's sha256."""
     one = job.evaluation
     corpus = data.load_corpus(one.text or str(hub.text(*HELD_OUT)))
-    ids = sentences.encode(hub.tokenizer(job.config.name, f"step{job.config.steps[0]}"), corpus)
+    ids = sentences.encode(hub.tokenizer(*sources.place(job.config.name, job.config.steps[0])), corpus)
     return batches.fixed_batches(ids, one.batches, one.batch, one.context), corpus.sha256
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ofutils import UserError, data, hub, optim, params, variants
+from ofutils import UserError, data, hub, optim, params, sources, variants
 from ofutils.batches import Ahead, Batches, Masks, fixed_batches, unpacked
 from ofutils.probes import Batch, measure, resolve
 from ofutils.records import Store, differing, digest, warn_of_other_corpus
@@ -144,10 +144,11 @@ def _load(config: TrainConfig, path: Path) -> Transformer:
 
 @dataclass(frozen=True)
 class Published:
-    """Checkpoints that somebody else published: the revisions step0, step1, ... of an id on the Hub."""
+    """Checkpoints that somebody else published: of a name on the Hub, at these steps, see `sources.place`."""
 
     name: str = ""
     steps: tuple[int, ...] = ()
+    head: str | None = "lm"  # of `hub.model`
 
 
 def kept(config: TrainConfig, step: int) -> Path:
@@ -169,7 +170,7 @@ def checkpoints(
     """
     if isinstance(source, Published):
         for step in source.steps if steps is None else steps:
-            yield step, hub.model(source.name, f"step{step}", "lm")
+            yield step, hub.model(*sources.place(source.name, step), source.head)
         return
     for step in log_spaced(source.steps) if steps is None else steps:
         path = kept(source, step)

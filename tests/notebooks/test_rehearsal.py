@@ -35,10 +35,6 @@ def records_of_03_quant(corpus):
     write_records(sweep.read_recipe("03_quant", "paper", steps=8, corpus=corpus))
 
 
-def records_of_04_token_frequency(corpus):
-    write_records(sweep.read_recipe("04_token_frequency", "paper", steps=8, corpus=corpus))
-
-
 def records_of_06_clipped_softmax_gating(corpus):
     draw = random.Random(0)
     for name in sinks.RECIPES:
@@ -75,6 +71,10 @@ def records_of_09_moment_updates(corpus):
         train.store().write("moments", task.key, result, params.environment() | {"corpus": corpus})
 
 
+def records_of_11_pretraining_data(corpus):
+    write_records(sweep.read_recipe("11_pretraining_data", "paper", steps=20, seeds=1, corpus=corpus))
+
+
 # notebook -> (stand-ins that it loads, its parameters besides scale; CORPUS is a text, what writes its records)
 CORPUS = "{corpus}"
 BERT = "google-bert/bert-base-uncased"
@@ -96,8 +96,8 @@ ENTRIES = {
     ),
     "04_token_frequency": (
         (BERT, ROBERTA, "Salesforce/wikitext"),
-        {"steps": 8, "sentences": 6, "counts": "text", "corpus": CORPUS},
-        records_of_04_token_frequency,
+        {"sentences": 6, "counts": "text"},
+        no_records,
     ),
     "06_clipped_softmax_gating": (
         (),
@@ -107,6 +107,11 @@ ENTRIES = {
     "07_op_block": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_07_op_block),
     "08_optimizers": ((), {"steps": 8, "seeds": 2, "corpus": CORPUS}, records_of_08_optimizers),
     "09_moment_updates": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_09_moment_updates),
+    "11_pretraining_data": (
+        (*stand_ins.MULTIBERTS, "facebook/wav2vec2-base", "Salesforce/wikitext"),
+        {"steps": 20, "seeds": 1, "corpus": CORPUS},  # checkpoints up to 20 thousand steps
+        records_of_11_pretraining_data,
+    ),
     "12_beyond": ((BERT,), {"sentences": 6}, no_records),
 }
 # notebook -> models that it is run with once more, by its parameter `model`

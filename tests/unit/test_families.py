@@ -305,6 +305,8 @@ def test_unknown_models_are_one_clear_line():
     with pytest.raises(UserError, match=f"no table of sites for T5Model; {known}"):
         config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
         with_sites(transformers.T5Model(config))
+    with pytest.raises(UserError, match="no table of sites for Wav2Vec2Model"):
+        with_sites(build("wav2vec2 without a head", do_stable_layer_norm=True))
     ours = from_hf(build("opt"))
     assert with_sites(ours) is ours
     model = build("vit")

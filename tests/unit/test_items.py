@@ -13,7 +13,7 @@ from ofutils.studies.start_here import items
 ROOT = Path(__file__).parents[2]
 ITEMS = {(one.paper, one.item): one for one in items.items()}
 #: Notebooks that are announced and not there yet; empty once they are.
-NOT_YET = {"10_vit", "11_pretraining_data"}
+NOT_YET = {"10_vit"}
 
 each_item = pytest.mark.parametrize("item", ITEMS.values(), ids=lambda one: f"{one.paper}, {one.item}")
 
