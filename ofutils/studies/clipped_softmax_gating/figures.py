@@ -17,7 +17,6 @@ COLORS = {
     "clipped softmax": "#E69F00",
     "row-aware clipped softmax": "#D55E00",
     "clipped softmax, alpha 0.64": "#F5D78E",
-    "clipped softmax, alpha 5.12": "#B87C00",
     "gated attention": "#0072B2",
     "gate, MLP": "#56B4E9",
     "gate, all heads": "#004B78",
@@ -37,7 +36,8 @@ def overview(table: pd.DataFrame, title: str) -> Figure:
     methods = {place: _order(table[table["place"] == place]) for place in places}
     heights = [len(methods[place]) + 1 for place in places]
     size = (14, 1 + 0.27 * sum(heights))
-    fig, axs = plt.subplots(len(places), 4, figsize=size, layout="constrained", height_ratios=heights, squeeze=False)
+    style = {"height_ratios": heights, "sharey": "row", "squeeze": False, "layout": "constrained"}
+    fig, axs = plt.subplots(len(places), 4, figsize=size, **style)
     for place, row in zip(places, axs, strict=True):
         own = table[table["place"] == place]
         own = own.assign(saved=own["saved"].clip(lower=-1))
@@ -47,8 +47,6 @@ def overview(table: pd.DataFrame, title: str) -> Figure:
             vanilla = own[own["method"] == "vanilla"][column].median()
             ax.axvline(vanilla, color="0.8", lw=0.8, zorder=0)
             ax.set(xlabel="", ylabel=place if ax is row[0] else "")
-            if ax is not row[0]:
-                ax.set_yticklabels([])
             if place == places[0] or column == "saved":
                 ax.set_title(said.format(PLACES[place]), fontsize=10)
         row[0].set_xlim(-0.03, 1)
@@ -191,10 +189,7 @@ def where(sinks: pd.DataFrame, objective: str, title: str) -> Figure:
     shown = [kind for kind in KINDS if own[own["kind"] == kind]["tokens"].sum() > 0]
     own = own[own["kind"].isin(shown)]
     fig, axs = plt.subplots(1, 2, figsize=(13, 1 + 0.4 * own["method"].nunique()), sharey=True, layout="constrained")
-    said = {
-        "attention": "share of a head's attention, the largest over heads",
-        "outliers": "share of entries beyond six sigma (mlp_out)",
-    }
+    said = {"attention": "largest share of a head's attention", "outliers": "share of outliers (mlp_out, six sigma)"}
     colors = dict(zip(shown, ("#D55E00", "#0072B2", "#999999"), strict=False))
     for ax, (column, words) in zip(axs, said.items(), strict=True):
         style = {"y": "method", "hue": "kind", "palette": colors, "order": _order(own), "hue_order": shown}

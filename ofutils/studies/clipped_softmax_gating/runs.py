@@ -1,6 +1,6 @@
 """What the runs of 06_clipped_softmax_gating show: tables, and the numbers by which claims are judged."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pandas as pd
 
@@ -78,14 +78,12 @@ def grid(recipe: sweep.Recipe) -> pd.DataFrame:
     Returns:
         More columns: `gamma`; `zeta`; `alpha`; `row_aware`; `context`; `pi`, NaN where there is no gate.
     """
-    configs = {job.method: job.config.model for job in recipe.jobs}
-    found = in_the_laboratory(recipe)
-    own = {method: model.attention for method, model in configs.items()}
-    for name in ("gamma", "zeta", "alpha", "row_aware"):
-        found[name] = found["method"].map({method: getattr(one, name) for method, one in own.items()})
-    gates = {method: one.pi_init if one.gate != "none" else float("nan") for method, one in own.items()}
-    found["context"] = found["method"].map({method: model.context for method, model in configs.items()})
-    return found.assign(pi=found["method"].map(gates))
+    models = {job.method: job.config.model for job in recipe.jobs}
+    rows = {method: asdict(one.attention) | {"context": one.context} for method, one in models.items()}
+    own = pd.DataFrame.from_dict(rows, orient="index")
+    own = own.assign(pi=own["pi_init"].where(own["gate"] != "none"))
+    own = own[["gamma", "zeta", "alpha", "row_aware", "context", "pi"]]
+    return in_the_laboratory(recipe).merge(own, left_on="method", right_index=True)
 
 
 def one_table(places: dict[str, pd.DataFrame], sinks: pd.DataFrame) -> pd.DataFrame:
@@ -147,9 +145,11 @@ def bert_claims(runs: pd.DataFrame, visible: float, outlier: float) -> list[Aske
         gain = of["loss"]["vanilla"] - of["loss"][method]
         found.append(Asked(f"{start}-fp", f"BERT: {method} lowers the loss (nats) by", gain, "-fp_cost"))
         saves(f"{start}-w8a8", method, PLACES["BERT, text"])
-    less = of["norm"]["clipped softmax, alpha 0.64"] / of["norm"]["clipped softmax"]
-    text = "BERT: max inf norm at alpha 0.64 over that at 3.2"
-    found.append(Asked("bondarenko2023-bert-gamma", text, less, "factor", True, none))
+    less, text = (
+        of["norm"]["clipped softmax, alpha 0.64"] / of["norm"]["clipped softmax"],
+        "alpha 0.64 over that at 3.2",
+    )
+    found.append(Asked("bondarenko2023-bert-gamma", f"BERT: max inf norm at {text}", less, "factor", True, none))
     cost, ranges = of["W6A8 min-max"]["vanilla"], of["W6A8 min-max"]["vanilla"] / of["W6A8"]["vanilla"]
     why = "" if cost.mean() >= visible else f"vanilla loses less than {visible:g} nats at W6A8"
     text = "BERT: vanilla's W6A8 cost with min-max ranges of weights over that with MSE ranges"

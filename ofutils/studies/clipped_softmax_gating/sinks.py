@@ -133,8 +133,7 @@ def main(arguments: list[str]) -> None:
     found = table(wanted, scale, None if command.workers < 0 else command.workers)
     shown = found.groupby(["objective", "method", "kind"], sort=False)[["tokens", "attention", "outliers"]]
     print(shown.mean().round(3).to_string())
-    there = [record for record in map(recall, wanted) if record]
-    print("records written to", train.store().export(there, f"06_sinks.{scale}"))
+    print("records written to", train.store().export([*filter(None, map(recall, wanted))], f"06_sinks.{scale}"))
 
 
 if __name__ == "__main__":
