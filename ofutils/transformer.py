@@ -100,8 +100,9 @@ class TransformerConfig:
             params.require(whole, f"images of {image.size} pixels do not split into patches of {image.patch}")
             params.require(self.context == image.tokens, f"these images need context {image.tokens}: {self.context}")
             plain = not self.causal and self.head != "mlm" and self.head != "tied"
-            plain = plain and self.embedding == EmbeddingConfig()
-            params.require(plain, "images need causal off, head untied, biased or none, and the default embedding")
+            plain = plain and self.embedding == EmbeddingConfig(scale=self.embedding.scale)
+            needs = "images need causal off, head untied, biased or none, and of embedding only a scale"
+            params.require(plain, needs)
 
     @property
     def rotary_width(self) -> int:
