@@ -92,3 +92,18 @@ def over_training(steps: pd.DataFrame, title: str) -> Figure:
     sns.move_legend(axs[1], "center left", bbox_to_anchor=(1, 0.5), title="")
     fig.suptitle(title, x=0, ha="left")
     return fig
+
+
+def scenes(pixels: Tensor, plain: Tensor, title: str) -> tuple[Figure, pd.DataFrame]:
+    """Images (B, C, S, S), their plain patches (B, n, n) shaded; and the points: image, patch, plain."""
+    fig, axs = plt.subplots(1, len(pixels), figsize=(12, 2.6), layout="constrained")
+    size = pixels.shape[-1]
+    for ax, picture, quiet in zip(axs, pixels.cpu(), plain.cpu(), strict=True):
+        ax.imshow(picture.permute(1, 2, 0) / 2 + 0.5, cmap="Greys", vmin=0, vmax=1, extent=(0, size, size, 0))
+        shade = np.where(quiet.numpy(), 1.0, np.nan)
+        ax.imshow(shade, cmap="Blues", vmin=0, vmax=1.5, alpha=0.25, extent=(0, size, size, 0))
+        ax.set(xticks=[], yticks=[])
+    fig.suptitle(title, x=0, ha="left")
+    flat = plain.flatten(1).int().cpu()
+    rows = [(number, patch, int(one)) for number, line in enumerate(flat) for patch, one in enumerate(line)]
+    return fig, pd.DataFrame(rows, columns=["image", "patch", "plain"])
