@@ -7,5 +7,6 @@ attention_sinks    05: statistics of heads and outliers, maps of heads, figures
 op_block           07: tables of kurtosis, correlation and entropy over training, figures
 optimizers         08: kurtosis by optimizer and learning rate; a residual MLP on images under SGD and Adam
 moment_updates     09: what each step of a training does to the moments of an activation
+vit                10: where a ViT's outliers sit and what its heads do there; remedies on images
 beyond             12: what is folded into trained models, against remedies of training
 """

@@ -203,7 +203,7 @@ def test_a_broken_run_resumes_to_the_bit(out, seeing, monkeypatch, optimizer):
 
 def test_training_learns_which_digit_it_is(out, seeing):
     run = quiet(dataclasses.replace(seeing, corpus="digits", batch=64, steps=90))
-    assert run.log[-1]["loss"] < run.log[0]["loss"] - 0.5
+    assert run.log[-1]["loss"] < run.log[0]["loss"] - 0.3
     assert train.find(run.config).record["environment"]["corpus"] == load("digits", SMALL).corpus
 
 
