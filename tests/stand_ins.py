@@ -59,6 +59,8 @@ MULTIBERTS = {
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 _TINY_BERT = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
 _MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+_DEIT = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+_LABELS = {"num_labels": 1000}
 
 MODELS = {
     "EleutherAI/pythia-14m": _pythia(128, 4),
@@ -71,6 +73,8 @@ MODELS = {
     "facebook/opt-125m": Model("OPTForCausalLM", {}, "opt", torch.float16, "bin"),
     "openai-community/gpt2": Model("GPT2LMHeadModel", {}, "gpt2"),
     "google/vit-base-patch16-224-in21k": Model("ViTModel", {}, ""),
+    "google/vit-base-patch16-224": Model("ViTForImageClassification", _LABELS, ""),
+    "facebook/deit-small-patch16-224": Model("ViTForImageClassification", _LABELS | _DEIT, ""),
     "facebook/wav2vec2-base": Model("Wav2Vec2ForPreTraining", {}, "", form="bin"),
     hub.MINILM: Model("BertModel", _MINILM, "bert"),
 } | {name: Model("BertForPreTraining", {}, "bert", seeds=(("main", seed),)) for name, seed in MULTIBERTS.items()}

@@ -9,6 +9,7 @@ clipped_softmax_gating  06: ways for a head to do nothing: tables, claims, where
 op_block                07: tables of kurtosis, correlation and entropy over training, figures
 optimizers              08: kurtosis by optimizer and learning rate; a residual MLP on images under SGD and Adam
 moment_updates          09: what each step of a training does to the moments of an activation
+vit                     10: scenes of digits: where outliers and attention of image models sit, figures
 pretraining_data        11: trainings by text, every dimension through their checkpoints, a model that hears
 beyond                  12: what is folded into trained models, against remedies of training
 """

@@ -20,6 +20,7 @@ from ofutils.records import differing
 from ofutils.studies.clipped_softmax_gating import sinks
 from ofutils.studies.moment_updates import follow
 from ofutils.studies.optimizers import mlp
+from ofutils.studies.vit import sinks
 from ofutils.transformer import Transformer, clm_loss
 from tests import stand_ins
 
@@ -59,6 +60,18 @@ def records_of_08_optimizers(corpus):
         train.store().write("mlp", differing(task), {"rows": mlp.fit(small)[1]}, environment)
 
 
+def records_of_10_vit(corpus):
+    """Trained as at scale tiny; only the names are those of `paper`."""
+    tiny = sweep.read_recipe("10_vit", "tiny", steps=8)
+    recipe = sweep.read_recipe("10_vit", "paper", steps=8, seeds=1, corpus="digits")
+    for job, small in zip(recipe.jobs, tiny.jobs, strict=True):
+        outcome, environment = sweep.perform(small), params.environment() | {"corpus": corpus}
+        train.store().write("train", differing(job.config), outcome.run.record["result"], environment)
+        for entry, own in zip(sweep._entries(job), sweep._entries(small), strict=True):
+            train.store().write(*entry, train.store().find(*own)["result"], environment)
+        train.store().write("vit", sinks._key(job), sinks.perform(small)["result"], environment)
+
+
 def records_of_09_moment_updates(corpus):
     x, change = torch.randn(2, 8, 4)
     terms = {name: float(one) for name, one in follow.terms(x, change).items()}
@@ -79,6 +92,7 @@ def records_of_11_pretraining_data(corpus):
 CORPUS = "{corpus}"
 BERT = "google-bert/bert-base-uncased"
 ROBERTA = "FacebookAI/roberta-base"
+VITS = "google/vit-base-patch16-224", "facebook/deit-small-patch16-224"
 PYTHIA = tuple(f"EleutherAI/pythia-{size}" for size in ("70m", "160m", "410m"))
 ENTRIES = {
     "00_start_here": ((BERT,), {"sentences": 6}, no_records),
@@ -107,6 +121,7 @@ ENTRIES = {
     "07_op_block": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_07_op_block),
     "08_optimizers": ((), {"steps": 8, "seeds": 2, "corpus": CORPUS}, records_of_08_optimizers),
     "09_moment_updates": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_09_moment_updates),
+    "10_vit": (VITS, {"steps": 8, "seeds": 1, "corpus": "digits"}, records_of_10_vit),
     "11_pretraining_data": (
         (*stand_ins.MULTIBERTS, "facebook/wav2vec2-base", "Salesforce/wikitext"),
         {"steps": 20, "seeds": 1, "corpus": CORPUS},  # checkpoints up to 20 thousand steps

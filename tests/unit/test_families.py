@@ -29,6 +29,19 @@ def test_from_hf_equals_the_original(name):
         ours(**long)
 
 
+@pytest.mark.parametrize("name", ["vit", "vit without a head"])
+def test_from_hf_of_a_vit_equals_the_original_at_the_logits_and_at_every_site(name):
+    theirs, batch = build(name), batch_for(name)
+    ours, sited = from_hf(theirs), with_sites(theirs)
+    close(output(ours, batch), output(theirs, batch))
+    common = sorted(ours.sites().keys() & sited.sites().keys())
+    assert {"embed_tokens", "embed_sum", "blocks.1.probs", "blocks.1.v", "blocks.1.resid_post"} <= {*common}
+    with torch.no_grad(), capture(ours, common) as here, capture(sited, common) as there:
+        ours(**batch), sited(**batch)
+    for site in common:
+        close(here[site], there[site])
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_from_hf_equals_the_original_at_every_token_of_a_padded_batch(name, side):
