@@ -20,7 +20,7 @@ from ofutils.records import differing
 from ofutils.studies.clipped_softmax_gating import sinks
 from ofutils.studies.moment_updates import follow
 from ofutils.studies.optimizers import mlp
-from ofutils.studies.vit import sinks
+from ofutils.studies.vit import sinks as vit_sinks
 from ofutils.transformer import Transformer, clm_loss
 from tests import stand_ins
 
@@ -69,7 +69,7 @@ def records_of_10_vit(corpus):
         train.store().write("train", differing(job.config), outcome.run.record["result"], environment)
         for entry, own in zip(sweep._entries(job), sweep._entries(small), strict=True):
             train.store().write(*entry, train.store().find(*own)["result"], environment)
-        train.store().write("vit", sinks._key(job), sinks.perform(small)["result"], environment)
+        train.store().write("vit", vit_sinks._key(job), vit_sinks.perform(small)["result"], environment)
 
 
 def records_of_09_moment_updates(corpus):
