@@ -50,6 +50,7 @@ class QuantSettings:
     momentum: params.Fraction = 0.9  # of the running ranges of activations
     percentile: Annotated[float, "above 50", "at most 100"] = 100.0  # of activations; 100 is min-max
     batches: params.Count = 16  # calibration batches that a recipe draws; `calibrate` takes all that it is given
+    draw: params.Natural = 0  # which draw of them
     # of activations: static but per token; of q_norm and k_norm `channel` means the K channels that heads share
     granularity: Literal["tensor", "channel", "token"] = "tensor"
     skip: tuple[str, ...] = ()  # activations left in full precision, such as the residual sums resid_mid, resid_post
@@ -68,11 +69,12 @@ class QuantSettings:
 
     @property
     def label(self) -> str:
-        """`W8A8` and the like, with what is not the default of estimators and draws, not per tensor, or left out."""
+        """`W8A8` and the like, with what is min-max of weights, not per tensor, left out, or a later draw."""
         fine = "" if self.weights == "mse" or self.weight_granularity != "tensor" else " min-max"
         fine += "" if self.granularity == "tensor" else f" per {self.granularity}"
         fine += "" if self.weight_granularity == "tensor" else f", weights per {self.weight_granularity}"
         fine += f", exact beyond {self.outlier_threshold:g}" if self.outlier_threshold else ""
+        fine += f", draw {self.draw}" if self.draw else ""
         return f"W{self.weight_bits}A{self.activation_bits}{fine}" + "".join(f" -{kind}" for kind in self.skip)
 
 

@@ -155,18 +155,22 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     evaluation = batches.fixed_batches(tokens.validation, job.evaluation.batches, *shape, masks)
     store, environment = train.store(), params.environment() | {"corpus": tokens.corpus}
     exact = _scored(model, evaluation, job) if job.images else {}
-    results = [exact | _measured(model, evaluation, job.evaluation)]
-    drawn = calibration(job, tokens)
-    results += quant.table(model, job.settings, drawn, lambda: _scored(model, evaluation, job))
+    results, rounded = [exact | _measured(model, evaluation, job.evaluation)], {}
+    for draw in sorted({one.draw for one in job.settings}):
+        settings = [one for one in job.settings if one.draw == draw]
+        drawn = calibration(job, tokens, draw)
+        found = quant.table(model, settings, drawn, lambda: _scored(model, evaluation, job))
+        rounded |= dict(zip(settings, found, strict=True))
+    results += [rounded[one] for one in job.settings]
     for entry, result in zip(_entries(job), results, strict=False):
         store.write(*entry, result, environment)
     return _read(job, run, results + _over_training(job, evaluation, {"corpus": tokens.corpus}))
 
 
-def calibration(job: Job, tokens: data.Tokens) -> list:
-    """Batches of the training split, drawn by the run's seed in an order of their own."""
-    shape = job.evaluation.batch, job.config.row
-    drawn = batches.Batches(tokens.train, *shape, 10_000 + job.config.seed, train.masks(job.config, tokens))
+def calibration(job: Job, tokens: data.Tokens, draw: int = 0) -> list:
+    """Batches of the training split, drawn by the run's seed, each draw in an order of its own."""
+    shape, seed = (job.evaluation.batch, job.config.row), 10_000 * (draw + 1) + job.config.seed
+    drawn = batches.Batches(tokens.train, *shape, seed, train.masks(job.config, tokens))
     return [batches.unpacked(drawn.at(n)) for n in range(job.settings[0].batches if job.settings else 0)]
 
 
@@ -336,6 +340,7 @@ def read_recipe(name: str, scale: str, steps: int = 0, seeds: int = 0, corpus: s
     base = chosen["base"] | override
     params.require(base.get("corpus") != "", f"{name} at scale {scale} needs a text to train on: name it with corpus")
     settings = tuple(params.build(QuantSettings, one) for one in chosen.get("quant", ()))
+    settings = tuple(replace(one, draw=draw) for draw in range(chosen.get("draws", 1)) for one in settings)
     evaluation = params.build(Evaluation, chosen.get("evaluation", {}))
 
     def job(method: str, seed: int, **rate) -> Job:

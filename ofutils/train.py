@@ -302,6 +302,7 @@ def train(
     save_every: int = 0,
     again: bool = False,
     keep: bool = False,
+    tokens: data.Tokens | None = None,
 ) -> Run:
     """Train, or load the finished run, or go on with the broken one.
 
@@ -312,6 +313,7 @@ def train(
         save_every: steps between checkpoints; 0: as many as take `SAVE_AFTER`.
         again: train even where there is a record, for the weights that are not here.
         keep: keep the weights at the `log_spaced` steps, for `checkpoints`.
+        tokens: the text in the ids of the model that is given; None: `load_tokens`.
 
     Returns:
         The finished run. One whose loss stopped being finite is finished too, see `Run.diverged`.
@@ -327,7 +329,7 @@ def train(
         return run
     accelerator = Accelerator(cpu=params.device().type == "cpu")
     with accelerator.main_process_first():
-        tokens = load_tokens(config)
+        tokens = tokens or load_tokens(config)
     loop = prepare(config, tokens, accelerator, model)
     shape = config.eval_batches, config.batch, config.row
     evaluation = fixed_batches(tokens.validation, *shape, masks(config, tokens))

@@ -57,6 +57,7 @@ MULTIBERTS = {
     for step in (0, 20, 40, 80, 160, 400, 1000, 2000)
 }
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+_OPT = {"hidden_size": 2048, "num_attention_heads": 32, "ffn_dim": 8192, "word_embed_proj_dim": 2048}
 _TINY_BERT = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
 _MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
 _DEIT = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
@@ -71,6 +72,7 @@ MODELS = {
     "google/bert_uncased_L-2_H-128_A-2": Model("BertForPreTraining", _TINY_BERT, "bert"),
     "FacebookAI/roberta-base": Model("RobertaForMaskedLM", _ROBERTA, "roberta"),
     "facebook/opt-125m": Model("OPTForCausalLM", {}, "opt", torch.float16, "bin"),
+    "facebook/opt-1.3b": Model("OPTForCausalLM", _OPT, "opt", torch.float16, "bin"),
     "openai-community/gpt2": Model("GPT2LMHeadModel", {}, "gpt2"),
     "google/vit-base-patch16-224-in21k": Model("ViTModel", {}, ""),
     "google/vit-base-patch16-224": Model("ViTForImageClassification", _LABELS, ""),

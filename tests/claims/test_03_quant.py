@@ -92,13 +92,105 @@ def expected(runs, rules):
             order = [spearman(list(one[measure]), list(one[width])) for one in of_seed]
             claim = f"over methods, the rank correlation of {measure} and {width} cost is"
             found[claim] = order, rules["rank_margin"], False, ""
-    return found | in_the_laboratory(rules) | healed(rules)
+    return found | in_the_laboratory(rules) | healed(rules) | in_the_tables(rules) | fine_tuned(rules)
 
 
 def innocent(times, rules):
     """Why savings are not judged, by how many times as much one range per tensor costs vanilla as one per token."""
     said = f"outliers are not to blame: one range per tensor costs {times:.1f} times one per token"
     return "" if times >= rules["blame"] else said
+
+
+DECAYED, TWICE = ", gains decayed", ", larger"
+ROWS = [
+    "vanilla",
+    "gated attention",
+    *(f"{one}{DECAYED}" for one in ("vanilla", "clipped softmax", "gated attention")),
+]
+ROWS += [f"vanilla{TWICE}", f"gated attention{TWICE}"]
+
+
+def in_the_tables(rules):
+    rows = pd.read_csv(FIGURES / "tables.csv")
+    seeds = sorted(rows[rows["method"] == "vanilla"]["seed"].unique())
+
+    def cost(setting, method):
+        own = rows[(rows["setting"] == setting) & (rows["method"] == method)]
+        assert len(own) == 9 or len(seeds) != 3, "three calibrations of three seeds"
+        return np.array([np.median(own[own["seed"] == seed]["cost"]) for seed in seeds])
+
+    def of(column, method):
+        own = rows[rows["method"] == method].drop_duplicates("seed").set_index("seed")[column]
+        return np.array([own[seed] for seed in seeds])
+
+    def none(method):
+        tail = of("tensor kurtosis", method).mean()
+        return (
+            ""
+            if tail >= rules["outlier_kurtosis"]
+            else f"vanilla has no outliers to remove (tensor kurtosis {tail:.1f})"
+        )
+
+    def blamed(method):
+        both = (cost(f"W8A8 min-max{kind}", method).mean() for kind in ("", " per token"))
+        return innocent(next(both) / next(both), rules)
+
+    found = {}
+    for measure in ("tensor kurtosis", "max inf norm"):
+        each = np.array([of(measure, method) for method in ROWS]), np.array([cost("W8A8", method) for method in ROWS])
+        order = [spearman(*(list(one[:, place]) for one in each)) for place in range(len(seeds))]
+        claim = f"over the rows of Tables 3 and 6, the rank correlation of {measure} and W8A8 cost is"
+        found[claim] = order, rules["rank_margin"], False, ""
+    first, second = "vanilla", f"vanilla{DECAYED}"
+    clipped, gated = f"clipped softmax{DECAYED}", f"gated attention{DECAYED}"
+    norm, kurtosis, higher = "max inf norm", "tensor kurtosis", rules["higher"]
+    claim = "weight decay on norm gains divides vanilla's max inf norm (resid_post) by"
+    found[claim] = of(norm, first) / of(norm, second), rules["factor"], True, none(first)
+    claim = "weight decay on norm gains multiplies what W8A8 costs vanilla by"
+    found[claim] = cost("W8A8", second) / cost("W8A8", first), higher, True, ""
+    claim = "W8A8 costs clipped softmax, in multiples of vanilla's cost,"
+    same = {claim: (cost("W8A8", clipped) / cost("W8A8", second), rules["share_left"], False, blamed(second))}
+    claim = "clipped softmax multiplies vanilla's tensor kurtosis by"
+    same[claim] = of(kurtosis, clipped) / of(kurtosis, second), higher, True, ""
+    claim = "gated attention divides vanilla's tensor kurtosis by"
+    same[claim] = of(kurtosis, second) / of(kurtosis, gated), rules["factor"], True, none(second)
+    same["W8A8 lowers the loss of gated attention (nats) by"] = -cost("W8A8", gated), -rules["near"], False, ""
+    claim = "W6A8 with min-max ranges of weights costs vanilla more than with MSE ranges, by a factor of"
+    same[claim] = cost("W6A8 min-max", second) / cost("W6A8", second), higher, True, ""
+    claim = "W6A6 costs vanilla more than W4A8, by a factor of"
+    same[claim] = cost("W6A6", second) / cost("W4A8", second), higher, True, ""
+    said = {"norm gains decayed: ": (gated, second, ("W8A8", "W6A6", "W4A8"))}
+    said["twice the width: "] = f"gated attention{TWICE}", f"vanilla{TWICE}", ("W8A8",)
+    found |= {"norm gains decayed: " + claim: judged for claim, judged in same.items()}
+    for where, (own, vanilla, widths) in said.items():
+        claim = f"{where}gated attention divides vanilla's max inf norm (resid_post) by"
+        found[claim] = of(norm, vanilla) / of(norm, own), rules["factor"], True, none(vanilla)
+        for width in widths:
+            claim = f"{where}share of vanilla's {width} cost that gated attention saves:"
+            found[claim] = 1 - cost(width, own) / cost(width, vanilla), rules["share_kept"], False, blamed(vanilla)
+        claim = f"{where}gated attention lowers the loss (nats) by"
+        found[claim] = of("loss", vanilla) - of("loss", own), -rules["fp_cost"], False, ""
+    return found
+
+
+def fine_tuned(rules):
+    steps = pd.read_csv(FIGURES / "finetuned.csv")
+    last = steps[steps["step"] == steps["step"].max()].sort_values("seed")
+    last = dict([*last.groupby(["attention", "gates"])])
+
+    def of(column, attention, gates):
+        return last[attention, gates][column].to_numpy()
+
+    start, anew, found = "fine-tuned from an attention drawn anew: gates", "drawn anew", {}
+    for column, said in (("max inf norm", "max inf norm (resid_post)"), ("tensor kurtosis", "tensor kurtosis")):
+        ratio = of(column, anew, False) / of(column, anew, True)
+        found[f"{start} divide the {said} by"] = ratio, rules["higher"], True, ""
+    gain = of("loss", anew, False) - of("loss", anew, True)
+    found[f"{start} lower the full-precision loss (nats) by"] = gain, -rules["fp_cost"], False, ""
+    for gates, said in ((False, "without gates"), (True, "with gates")):
+        claim = f"fine-tuned {said}: an attention drawn anew ends above one that was kept (loss, nats) by"
+        found[claim] = of("loss", anew, gates) - of("loss", "kept", gates), rules["reset_cost"], False, ""
+    return found
 
 
 def in_the_laboratory(rules):
@@ -143,6 +235,37 @@ def test_every_verdict_follows_from_the_points_of_the_figure(runs, stated, rules
         assert row["margin"] == margin and row["ratio"] == ratio and row["n"] == len(values)
 
 
+SAME, TUNED, RANKS = (
+    "norm gains decayed: ",
+    "fine-tuned from an attention drawn anew: gates",
+    "over the rows of Tables 3 and 6",
+)
+TABLES = {  # id -> what it says
+    "kurtosis-ranks-w8a8": f"{RANKS}, the rank correlation of tensor kurtosis and W8A8 cost is",
+    "norm-ranks-w8a8": f"{RANKS}, the rank correlation of max inf norm and W8A8 cost is",
+    "decay-norm": "weight decay on norm gains divides vanilla's max inf norm (resid_post) by",
+    "decay-w8a8": "weight decay on norm gains multiplies what W8A8 costs vanilla by",
+    "decay-clipped-w8a8": f"{SAME}W8A8 costs clipped softmax, in multiples of vanilla's cost,",
+    "decay-clipped-kurtosis": f"{SAME}clipped softmax multiplies vanilla's tensor kurtosis by",
+    "decay-gated-norm": f"{SAME}gated attention divides vanilla's max inf norm (resid_post) by",
+    "decay-gated-kurtosis": f"{SAME}gated attention divides vanilla's tensor kurtosis by",
+    "decay-gated-fp": f"{SAME}gated attention lowers the loss (nats) by",
+    "gated-near-fp": f"{SAME}W8A8 lowers the loss of gated attention (nats) by",
+    "mse-w6a8": f"{SAME}W6A8 with min-max ranges of weights costs vanilla more than with MSE ranges, by a factor of",
+    "activations-before-weights": f"{SAME}W6A6 costs vanilla more than W4A8, by a factor of",
+    "larger-gated-norm": "twice the width: gated attention divides vanilla's max inf norm (resid_post) by",
+    "larger-gated-w8a8": "twice the width: share of vanilla's W8A8 cost that gated attention saves:",
+    "larger-gated-fp": "twice the width: gated attention lowers the loss (nats) by",
+    "finetuned-norm": f"{TUNED} divide the max inf norm (resid_post) by",
+    "finetuned-kurtosis": f"{TUNED} divide the tensor kurtosis by",
+    "finetuned-fp": f"{TUNED} lower the full-precision loss (nats) by",
+}
+TABLES |= {
+    f"decay-gated-{bits.lower()}": f"{SAME}share of vanilla's {bits} cost that gated attention saves:"
+    for bits in ("W8A8", "W6A6", "W4A8")
+}
+
+
 def test_each_paper_claim_is_about_what_its_id_says(stated):
     methods = {"clipped": "clipped softmax", "gated": "gated attention", "op": "OP"}
     methods |= {"soap": "vanilla + SOAP", "op-soap": "OP + SOAP"}
@@ -159,6 +282,8 @@ def test_each_paper_claim_is_about_what_its_id_says(stated):
     assert ranked == "over methods, the rank correlation of neuron kurtosis and W8A8 cost is"
     ranked = claims.pop("he2024-lab-kurtosis-ranks-w8a8")
     assert ranked == "laboratory: over methods, the rank correlation of neuron kurtosis and W8A8 cost is"
+    for id, text in TABLES.items():
+        assert claims.pop(f"bondarenko2023-{id}") == text, id
     for id, claim in claims.items():
         method, _, quantity = id.partition("-")[2].rpartition("-")
         place = "lab-" if method.startswith("lab-") else ""

@@ -14,12 +14,14 @@ import papermill
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 
-from ofutils import hub, params, preflight, probes, sweep, train
+from ofutils import hub, params, preflight, probes, sources, sweep, train
 from ofutils.records import differing
 from ofutils.studies.clipped_softmax_gating import sinks
 from ofutils.studies.moment_updates import follow
 from ofutils.studies.optimizers import mlp
+from ofutils.studies.quant import finetuned
 from ofutils.studies.vit import sinks as vit_sinks
 from ofutils.transformer import Transformer, clm_loss
 from tests import stand_ins
@@ -33,7 +35,14 @@ def no_records(corpus):
 
 
 def records_of_03_quant(corpus):
-    write_records(sweep.read_recipe("03_quant", "paper", steps=8, corpus=corpus))
+    for name in ("03_quant", "03_quant_tables", "03_quant_larger"):
+        write_records(sweep.read_recipe(name, "paper", steps=8, corpus=corpus))
+    found = {"inf_norm": 5.0, "tensor_kurtosis": 9.0}
+    sites = {f"blocks.{block}.{site}": found for block in range(24) for site in ("attn_out", "resid_post")}
+    log = [{"step": step, "loss": 4.0 - 0.1 * step, "sites": sites} for step in range(1, 9)]
+    for task in finetuned.tasks("paper", 8, 0, corpus):
+        environment = params.environment() | {"corpus": train.load_tokens(task.config).corpus}
+        train.store().write("train", differing(task.config), {"log": log, "diverged": None}, environment)
 
 
 def records_of_06_clipped_softmax_gating(corpus):
@@ -156,7 +165,7 @@ def write_spacy(folder):
 
 def write_records(recipe):
     """Plausible records of all runs of a recipe, as if they had been made elsewhere."""
-    model = dataclasses.replace(recipe.jobs[0].config.model, vocab=300, width=24, context=16)
+    model = dataclasses.replace(recipe.jobs[0].config.model, vocab=300, width=48, context=16)
     one, rows = recipe.jobs[0].evaluation, [torch.randint(0, 300, (4, 16))]
     pattern = probes.measure(Transformer(model).eval(), rows, one.sites, meters=one.meters).summary()["sites"]
     environment = params.environment() | {"corpus": train.load_tokens(recipe.jobs[0].config).corpus}
@@ -204,7 +213,8 @@ def test_every_notebook_is_rehearsed():
 @pytest.mark.parametrize("name", ENTRIES)
 def test_preflight_asks_for_what_the_notebook_loads(name):
     wanted = {one for one, _, _ in preflight.wanted("paper", name)}
-    left_out = {"openai-community/gpt2", hub.MINILM}  # one is not here on purpose, one is packaged
+    # one is not here on purpose, one is packaged, one is read where it is trained, on a GPU
+    left_out = {"openai-community/gpt2", hub.MINILM, "facebook/opt-1.3b"}
     assert wanted - left_out == {*ENTRIES[name][0]} - left_out
 
 
@@ -300,3 +310,36 @@ def test_a_step_of_03_quant_at_real_width_and_vocabulary(method, corpus):
     loss = clm_loss(model(ids), ids)
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_model_that_03_quant_fine_tunes_is_opt_1_3b():
+    shape = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "ffn_dim": 8192}
+    with torch.device("meta"):
+        original = transformers.OPTForCausalLM(transformers.OPTConfig(**shape, word_embed_proj_dim=2048))
+        ours = Transformer(finetuned.OPT)
+    positions = original.model.decoder.embed_positions.weight.numel()
+    rest = original.num_parameters() - positions
+    assert sum(p.numel() for p in ours.parameters()) == rest + finetuned.OPT.context * finetuned.OPT.width
+
+
+@pytest.mark.parametrize("attention", finetuned.ATTENTIONS)
+def test_a_model_of_the_hub_is_fine_tuned_in_its_own_tokens(attention, home, corpus, tmp_path, monkeypatch):
+    name = "facebook/opt-125m"  # a stand-in of it, for the larger one's place
+    find_only((name,), home, tmp_path, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    shape = {"layers": stand_ins.LAYERS, "width": 768, "heads": 12, "context": 32, "dropout": 0.0}
+    monkeypatch.setattr(finetuned, "OPT", dataclasses.replace(finetuned.OPT, **shape))
+    monkeypatch.setattr(finetuned.sources, "read", lambda *_: sources.Sources(models=("", name)))
+    asked = (one for one in finetuned.tasks("paper", 2, 1, corpus) if one.gates and one.attention == attention)
+    task = next(asked)
+    task = dataclasses.replace(task, config=dataclasses.replace(task.config, batch=2, eval_batches=1, precision="no"))
+    original = hub.model(name, head="lm").state_dict()
+    own = finetuned.started(task).state_dict()["blocks.1.attention.q.weight"]
+    assert torch.equal(own, original["model.decoder.layers.1.self_attn.q_proj.weight"].float()) == (
+        attention == "kept"
+    )
+    run = finetuned.perform(task)
+    assert run.log[-1]["step"] == 2 and math.isfinite(run.log[-1]["loss"])
+    ids = finetuned._tokens(name, task.config).train
+    assert hub.tokenizer(name).decode(ids[:60]).startswith("Paragraph")

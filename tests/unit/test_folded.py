@@ -62,3 +62,16 @@ def test_shares_are_of_the_same_seed_bits_and_ranges():
     assert saved["vanilla", "rotation"].tolist() == pytest.approx([0.75, -1.0])
     assert saved["OP", "as trained"].tolist() == pytest.approx([0.5, 0.0])
     assert (saved["vanilla", "as trained"] == 0).all()
+
+
+def test_settings_are_tasks_of_their_own_and_verdicts_name_theirs():
+    text, laboratory = (folded.tasks(setting) for setting in ("text", "laboratory"))
+    assert {one.job.config.corpus for one in text} == {"stdlib"} != {one.job.config.corpus for one in laboratory}
+    assert len(text) == 6 * folded.SEEDS * len(folded.FOLDS)
+    at = {"ranges": "per tensor", "bits": "W6A6"}
+    methods = [(method, fold) for method in ("vanilla", "OP", "vanilla + SOAP") for fold in folded.FOLDS]
+    rows = [at | {"method": m, "fold": f, "seed": 1, "saved": 0.1 * n} for n, (m, f) in enumerate(methods)]
+    found = {text: values.tolist() for text, values, _ in folded.verdicts(pd.DataFrame(rows), "W6A6", "text")}
+    assert found["text, W6A6: share of vanilla's cost that rotation folded into vanilla saves:"] == [0.2]
+    assert found["text, W6A6: share of vanilla's cost that OP saves beyond rotation:"] == pytest.approx([0.2])
+    assert found["text, W6A6: share of vanilla's cost that rotation saves on top of OP:"] == pytest.approx([0.2])

@@ -12,6 +12,7 @@ from tests import stand_ins
 
 BERT, PYTHIA, GLUE = "google-bert/bert-base-uncased", "EleutherAI/pythia-70m", "nyu-mll/glue"
 MULTIBERTS = (0, 20, 40, 80, 160, 400, 1000, 2000)  # thousands of steps
+OPT = "facebook/opt-1.3b"
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_everything_of_scale_paper_is_wanted_once():
     others = {name for name, revision in models if revision == "main"}
     assert others == {
         *(BERT, "FacebookAI/roberta-base", hub.MINILM),
-        *("openai-community/gpt2", "google/vit-base-patch16-224-in21k", "facebook/wav2vec2-base"),
+        *("openai-community/gpt2", "google/vit-base-patch16-224-in21k", "facebook/wav2vec2-base", OPT),
         *(f"google/multiberts-seed_{seed}-step_{step}k" for seed in range(3) for step in MULTIBERTS),
     }
     tables = {(name, file) for name, _, file in wanted if file}
@@ -65,13 +66,13 @@ def test_everything_of_scale_paper_is_wanted_once():
     wikitext = {
         ("Salesforce/wikitext", f"wikitext-2-raw-v1/{split}/0000.parquet") for split in ("test", "validation")
     }
-    assert tables == of_glue | wikitext and len(wanted) == len(models) + len(tables) == 60 + 6 + 24 + 17 + 2
+    assert tables == of_glue | wikitext and len(wanted) == len(models) + len(tables) == 60 + 6 + 24 + 1 + 17 + 2
 
 
 def test_a_tokenizer_is_wanted_where_one_is_read():
     wanted = preflight.wanted("paper")
     assert [name for (name, _, _), tokenizer in wanted.items() if tokenizer] == [
-        *(BERT, PYTHIA, "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "FacebookAI/roberta-base"),
+        *(BERT, PYTHIA, "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "FacebookAI/roberta-base", OPT),
         *(f"google/multiberts-seed_{seed}-step_0k" for seed in range(3)),
     ]
     assert wanted["FacebookAI/roberta-base", "main", ""] and not preflight.wanted("paper", "02_bert_outliers").get(
@@ -80,7 +81,7 @@ def test_a_tokenizer_is_wanted_where_one_is_read():
 
 
 def test_a_notebook_a_scale_and_a_model_choose():
-    assert [*preflight.wanted("paper", "03_quant")] == [(BERT, "main", "")]
+    assert [*preflight.wanted("paper", "05_attention_sinks")] == [(BERT, "main", "")]
     assert [*preflight.wanted("small")] == [(hub.MINILM, "main", "")] and not preflight.wanted("tiny")
     assert {name for name, _, _ in preflight.wanted("paper", "01_pythia_kurtosis", "some/model")} == {
         *("some/model", "Salesforce/wikitext")
@@ -165,7 +166,7 @@ def test_a_data_set_that_is_gone_is_named_by_each_of_its_files(complete, capsys)
 
 def test_a_hub_that_fails_is_one_line_each(complete, capsys):
     complete.wrong = (500, None)
-    lines, failed = printed(capsys, "--notebook", "03_quant")
+    lines, failed = printed(capsys, "--notebook", "12_beyond")
     assert f"{BERT}, revision main cannot be fetched" in failed and "the Hub says 500" in failed
 
 
@@ -220,9 +221,9 @@ def test_offline_what_is_in_the_cache_is_listed(tmp_path, served, monkeypatch, c
 
     stand_ins.build(tmp_path / "home", [BERT])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    lines, failed = printed(capsys, "--notebook", "03_quant")
+    lines, failed = printed(capsys, "--notebook", "12_beyond")
     assert failed is None and lines[0].startswith(f"{BERT}, revision main: safetensors") and "MB, cached" in lines[0]
     (weights,) = (tmp_path / "home").rglob("model.safetensors")
     weights.unlink()
-    assert "1 of 1 are missing" in printed(capsys, "--notebook", "03_quant")[1]
+    assert "1 of 1 are missing" in printed(capsys, "--notebook", "12_beyond")[1]
     assert not served.asked

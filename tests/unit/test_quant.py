@@ -560,6 +560,8 @@ def test_bad_granularities_and_sites_to_skip_are_one_clear_line(bad, message):
 def test_labels_name_what_is_not_the_papers_setting():
     assert QuantSettings().label == "W8A8"
     assert QuantSettings(granularity="token", skip=("resid_mid",)).label == "W8A8 per token -resid_mid"
+    assert QuantSettings(weights="minmax", weight_bits=6, draw=2).label == "W6A8 min-max, draw 2"
+    assert QuantSettings(weights="minmax", weight_granularity="channel").label == "W8A8, weights per channel"
 
 
 def test_skipping_what_is_not_rounded_is_an_error_and_order_does_not_matter():

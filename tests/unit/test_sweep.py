@@ -185,7 +185,7 @@ def test_a_record_without_its_weights_is_trained_again_where_they_are_needed(out
 
 def test_two_settings_of_one_name_are_refused(config):
     with pytest.raises(UserError, match="two quantization settings"):
-        Job("vanilla", config, (QuantSettings(), QuantSettings(weights="minmax")))
+        Job("vanilla", config, (QuantSettings(), QuantSettings(percentile=99.9)))
 
 
 def test_paper_scale_needs_a_text():

@@ -7,6 +7,7 @@ flags: --workers
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import pandas as pd
 import seaborn as sns
@@ -37,8 +38,9 @@ SETTINGS = {
     "LLM.int8()": (LLM_INT8,),
 }
 COLORS = {"as trained": "#000000", "SmoothQuant": "#E69F00", "rotation": "#009E73", "both": "#56B4E9"}
-#: The recipe whose runs are folded, at scale small, where outliers are what rounding costs; and how many seeds of it.
-RECIPE, SEEDS = "laboratory_int8", 3
+#: Setting -> the recipe whose runs are folded, at scale small; and how many seeds of it. In the laboratory outliers
+#: are what rounding costs, on text they are not.
+RECIPES, SEEDS = {"laboratory": "laboratory_int8", "text": "03_quant"}, 3
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ class Task:
         return {"run": differing(self.job.config), "fold": self.fold, "settings": settings}
 
 
-def tasks() -> list[Task]:
-    """Every fold of every run, seed after seed."""
-    return [Task(fold, job) for job in sweep.read_recipe(RECIPE, "small", seeds=SEEDS).jobs for fold in FOLDS]
+def tasks(setting: str) -> list[Task]:
+    """Every fold of every run of a setting, a key of RECIPES, seed after seed."""
+    jobs = sweep.read_recipe(RECIPES[setting], "small", seeds=SEEDS).jobs
+    return [Task(fold, job) for job in jobs for fold in FOLDS]
 
 
 def recall(task: Task) -> dict | None:
@@ -143,44 +146,46 @@ def shares(costs: pd.DataFrame) -> pd.DataFrame:
     return both.assign(saved=1 - both["cost"] / both["cost of vanilla"]).drop(columns="cost of vanilla")
 
 
-def verdicts(saved: pd.DataFrame, bits: str) -> list[tuple[str, pd.Series, str]]:
+def verdicts(saved: pd.DataFrame, bits: str, setting: str) -> list[tuple[str, pd.Series, str]]:
     """What is judged at per-tensor ranges: a sentence, one value for each seed, the parameter that holds its margin.
 
     Args:
-        saved: from `shares`.
+        saved: from `shares`, of one setting.
         bits: such as W6A6.
+        setting: a key of RECIPES.
     """
     own = saved[(saved["ranges"] == "per tensor") & (saved["bits"] == bits)]
     of = own.pivot(index="seed", columns=["method", "fold"], values="saved")
-    said = "laboratory, {}: share of vanilla's cost that {} saves:"
+    said = f"{setting}, {bits}: share of vanilla's cost that {{}} saves"
     found = [
-        (said.format(bits, f"{fold} folded into vanilla"), of["vanilla", fold], "share_kept")
+        (said.format(f"{fold} folded into vanilla") + ":", of["vanilla", fold], "share_kept")
         for fold in ("SmoothQuant", "rotation", "both")
     ]
     rotated = of["vanilla", "rotation"]
     for method in ("OP", "vanilla + SOAP"):
-        found.append((said.format(bits, f"{method}, as trained,"), of[method, "as trained"], "share_kept"))
-        text = f"laboratory, {bits}: share of vanilla's cost that {method} saves beyond rotation:"
-        found.append((text, of[method, "as trained"] - rotated, "more"))
-        text = f"laboratory, {bits}: share of vanilla's cost that rotation saves on top of {method}:"
-        found.append((text, of[method, "rotation"] - of[method, "as trained"], "more"))
+        found.append((said.format(f"{method}, as trained,") + ":", of[method, "as trained"], "share_kept"))
+        found.append((said.format(method) + " beyond rotation:", of[method, "as trained"] - rotated, "more"))
+        more = of[method, "rotation"] - of[method, "as trained"]
+        found.append((said.format("rotation") + f" on top of {method}:", more, "more"))
     return found
 
 
-def figure(costs: pd.DataFrame, bits: tuple[str, ...], title: str) -> Figure:
-    """What rounding costs with one range per tensor, by method and fold; a column a bit width.
+def figure(costs: dict[str, pd.DataFrame], bits: tuple[str, ...], title: str) -> Figure:
+    """What rounding costs with one range per tensor, by method and fold; a column a bit width, a row a setting.
 
     Args:
-        costs: from `table`.
+        costs: setting -> from `table`.
         bits: of its `bits`.
     """
-    own = costs[costs["ranges"] == "per tensor"].assign(cost=costs["cost"].clip(lower=1e-5))
-    methods = list(dict.fromkeys(own["method"]))
-    fig, axs = plt.subplots(1, len(bits), figsize=(13, 4.4), sharey=True, layout="constrained")
-    for ax, one in zip(axs, bits, strict=True):
+    size = {"figsize": (13, 3.8 * len(costs) + 0.6), "squeeze": False}
+    fig, axs = plt.subplots(len(costs), len(bits), sharey="row", layout="constrained", **size)
+    for (setting, one), ax in zip(product(costs, bits), axs.flat, strict=True):
+        own = costs[setting][costs[setting]["ranges"] == "per tensor"]
+        own = own.assign(cost=own["cost"].clip(lower=1e-5))
+        methods = list(dict.fromkeys(own["method"]))
         style = {"x": "cost", "y": "method", "hue": "fold", "palette": COLORS, "order": methods, "ax": ax}
         sns.stripplot(own[own["bits"] == one], dodge=True, jitter=False, size=5, **style)
-        ax.set(title=one, xlabel="what rounding adds, nats", ylabel="")
+        ax.set(title=f"{setting}, {one}", xlabel="what rounding adds, nats", ylabel="")
         plots.log_scale(ax, "x")
         for place in range(len(methods) - 1):
             ax.axhline(place + 0.5, color="0.9", lw=0.8, zorder=0)
@@ -202,11 +207,13 @@ def main(arguments: list[str]) -> None:
     """The command line."""
     if {"-h", "--help"} & set(arguments):
         return print(__doc__)
-    command, wanted = params.read(Command, arguments), tasks()
+    command, wanted = params.read(Command, arguments), [task for setting in RECIPES for task in tasks(setting)]
     workers = None if command.workers < 0 else command.workers
     pool.finish(perform, wanted, [0 if recall(task) else 1 for task in wanted], workers)
     at = ["ranges", "bits", "method", "fold"]
-    print(table(wanted).groupby(at, sort=False)["cost"].mean().unstack().round(4).to_string())
+    for setting in RECIPES:
+        costs = table(tasks(setting)).groupby(at, sort=False)["cost"].mean()
+        print(setting, costs.unstack().round(4).to_string(), sep="\n")
     print("records written to", train.store().export([*map(recall, wanted)], "folded.small"))
 
 
