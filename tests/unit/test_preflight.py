@@ -56,6 +56,7 @@ def test_everything_of_scale_paper_is_wanted_once():
     assert others == {
         *(BERT, "FacebookAI/roberta-base", hub.MINILM),
         *("openai-community/gpt2", "google/vit-base-patch16-224-in21k"),
+        *("google/vit-base-patch16-224", "facebook/deit-small-patch16-224"),
     }
     tables = {(name, file) for name, _, file in wanted if file}
     of_tasks = {(task, split) for task, one in tasks.TASKS.items() for split in ("train", *one.splits)}
@@ -63,7 +64,7 @@ def test_everything_of_scale_paper_is_wanted_once():
     wikitext = {
         ("Salesforce/wikitext", f"wikitext-2-raw-v1/{split}/0000.parquet") for split in ("test", "validation")
     }
-    assert tables == of_glue | wikitext and len(wanted) == len(models) + len(tables) == 60 + 5 + 17 + 2
+    assert tables == of_glue | wikitext and len(wanted) == len(models) + len(tables) == 60 + 7 + 17 + 2
 
 
 def test_a_tokenizer_is_wanted_where_one_is_read():
@@ -101,10 +102,10 @@ def test_all_of_it_has_a_stand_in():
 
 def test_what_is_there_is_listed_without_being_fetched(complete, capsys, tmp_path):
     lines, failed = printed(capsys)
-    assert failed is None and len(lines) == 85
+    assert failed is None and len(lines) == 87
     assert f"{BERT}, revision main: safetensors, 4.2 MB, not cached" in lines
     assert f"{PYTHIA}, revision step4: safetensors, 2.8 MB, not cached" in lines  # no tokenizer is read there
-    assert lines[-1].startswith("84 of 84 are there, 0.19 GB, 0.00 GB of them cached")
+    assert lines[-1].startswith("86 of 86 are there, 0.19 GB, 0.00 GB of them cached")
     assert all(path.startswith("api/") for _, path, _ in complete.asked) and not (tmp_path / "home").exists()
     of_revisions = [path for _, path, _ in complete.asked if "/revision/" in path]
     assert len(of_revisions) == 60 + 5 + 2  # one each, whatever is read of it
@@ -149,8 +150,8 @@ def test_what_was_taken_away_is_named(taken, complete, capsys):
     lines, failed = printed(capsys)
     (missing,) = [line for line in lines if line.startswith("missing: ")]
     assert name in missing and message in missing
-    assert failed == f"1 of 84 are missing, e.g. {missing.removeprefix('missing: ')}"
-    assert lines[-1].startswith("83 of 84 are there")
+    assert failed == f"1 of 86 are missing, e.g. {missing.removeprefix('missing: ')}"
+    assert lines[-1].startswith("85 of 86 are there")
 
 
 def test_a_data_set_that_is_gone_is_named_by_each_of_its_files(complete, capsys):
