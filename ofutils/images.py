@@ -120,10 +120,10 @@ def load(source: str, image: ImageConfig) -> Images:
 
     Args:
         source: `digits`, `scenes`, or what `read` takes.
-        image: its size and channels; digits and scenes have one channel.
+        image: its size and channels; digits and scenes are grey, the same in every channel.
 
     Raises:
-        UserError: an unknown source, a size or channels that it does not have, and what `read` refuses.
+        UserError: an unknown source, a size that it does not have, and what `read` refuses.
     """
     built_in = source in BUILT_IN
     known = f"{params.suggest(source, BUILT_IN)}; built in: {', '.join(BUILT_IN)}"
@@ -131,8 +131,7 @@ def load(source: str, image: ImageConfig) -> Images:
     pixels, labels, _ = read("digits") if built_in else read(source, image.size, image.channels)
     held, splits = np.arange(len(labels)) % 5 == 4, {}
     if built_in:
-        fits = image.channels == 1 and image.size % 8 == 0
-        params.require(fits, f"{source} have 1 channel, and a size that 8 divides: {image.channels}, {image.size}")
+        params.require(image.size % 8 == 0, f"{source} have a size that 8 divides, not {image.size}")
         pixels = (pixels * 255 / 16).astype(np.uint8)
     if source == "digits":
         pixels = pixels.repeat(image.size // 8, 1).repeat(image.size // 8, 2)
@@ -140,7 +139,7 @@ def load(source: str, image: ImageConfig) -> Images:
         found, classes = pixels[own], labels[own]
         if source == "scenes":
             found, classes = _scenes(found, classes, image.size, _SCENES[split], seed)
-        shaped = found.reshape(len(found), image.size, image.size, image.channels).transpose(0, 3, 1, 2)
+        shaped = found.reshape(len(found), image.size, image.size, -1).transpose(0, 3, 1, 2)  # grey: in every channel
         splits[split] = image.packed(shaped, classes)
     sha256 = hashlib.sha256(b"".join(one.tobytes() for one in splits.values())).hexdigest()
     return Images(sha256, **splits)

@@ -70,7 +70,7 @@ def records_of_08_optimizers(corpus):
 
 
 def records_of_10_vit(corpus):
-    """Trained as at scale tiny; only the names are those of `paper`."""
+    """Trained as at scale tiny; the names and the size of the maps are those of `paper`."""
     tiny = sweep.read_recipe("10_vit", "tiny", steps=8)
     recipe = sweep.read_recipe("10_vit", "paper", steps=8, seeds=1, corpus="digits")
     for job, small in zip(recipe.jobs, tiny.jobs, strict=True):
@@ -78,7 +78,9 @@ def records_of_10_vit(corpus):
         train.store().write("train", differing(job.config), outcome.run.record["result"], environment)
         for entry, own in zip(sweep._entries(job), sweep._entries(small), strict=True):
             train.store().write(*entry, train.store().find(*own)["result"], environment)
-        train.store().write("vit", vit_sinks._key(job), vit_sinks.perform(small)["result"], environment)
+        result = vit_sinks.perform(small)["result"]
+        maps = {kind: [(one * 12)[: job.config.model.context] for one in own] for kind, own in result["maps"].items()}
+        train.store().write("vit", vit_sinks._key(job), result | {"maps": maps}, environment)
 
 
 def records_of_09_moment_updates(corpus):
@@ -130,7 +132,7 @@ ENTRIES = {
     "07_op_block": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_07_op_block),
     "08_optimizers": ((), {"steps": 8, "seeds": 2, "corpus": CORPUS}, records_of_08_optimizers),
     "09_moment_updates": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_09_moment_updates),
-    "10_vit": (VITS, {"steps": 8, "seeds": 1, "corpus": "digits"}, records_of_10_vit),
+    "10_vit": (VITS, {"steps": 8, "seeds": 1, "corpus": "digits", "pictures": 4}, records_of_10_vit),
     "11_pretraining_data": (
         (*stand_ins.MULTIBERTS, "facebook/wav2vec2-base", "Salesforce/wikitext"),
         {"steps": 20, "seeds": 1, "corpus": CORPUS},  # checkpoints up to 20 thousand steps

@@ -69,6 +69,9 @@ def test_digits_are_enlarged():
     digits, labels, _ = images.read("digits")
     found = unpacked(Batches(load("digits", SMALL).validation, 359, SMALL.row, 0, SMALL).at(0))
     assert found["labels"].bincount().tolist() == np.bincount(labels[4::5]).tolist()
+    coloured = dataclasses.replace(SMALL, channels=3)
+    (three,) = fixed_batches(load("digits", coloured).validation, 1, 359, coloured.row, coloured)
+    assert all(torch.equal(three["pixel_values"][:, one], three["pixel_values"][:, 0]) for one in (1, 2))
     one = found["pixel_values"][0, 0]
     assert torch.equal(one[::2, ::2].repeat_interleave(2, 0).repeat_interleave(2, 1), one)
 
@@ -95,7 +98,6 @@ def test_files_are_cut_to_squares_and_every_fifth_image_is_held_out(tmp_path, na
     [
         ("scene", SMALL, "did you mean 'scenes'"),
         ("scenes", ImageConfig(size=12), "a size that 8 divides"),
-        ("digits", ImageConfig(size=8, channels=3), "1 channel"),
     ],
 )
 def test_bad_sources_cost_one_clear_line(source, config, why):

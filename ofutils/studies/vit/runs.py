@@ -5,7 +5,7 @@ from statistics import mean
 import pandas as pd
 import torch
 
-from ofutils import families, hub, images, params, quant, reference, sweep, trajectories
+from ofutils import families, hub, params, quant, reference, sweep, trajectories
 from ofutils.probes import measure, run
 from ofutils.studies.vit import sinks
 from ofutils.transformer import Transformer
@@ -63,14 +63,13 @@ def _sunk(sink: dict) -> dict[str, float]:
     return found | {name: sink[name] for name in ("attention", "head attention", "values")}
 
 
-def published(
-    names: tuple[str, ...], source: str
-) -> tuple[pd.DataFrame, dict[str, tuple[dict, list, images.ImageConfig]]]:
+def published(names: tuple[str, ...], source: str, count: int) -> tuple[pd.DataFrame, dict[str, tuple]]:
     """What published ViTs show on images that they were not made for, or on those of a file.
 
     Args:
         names: ids on the Hub.
-        source: see `images.load`; `digits` and `scenes` are made in the model's size, in grey.
+        source: see `images.load`.
+        count: how many images.
 
     Returns:
         A row per model: `inf norm`, `tensor kurtosis`, the columns of `sinks.statistics`, and `W8A8 agreement`, the
@@ -79,22 +78,13 @@ def published(
     rows, drawn = [], {}
     for name in names:
         model = families.from_hf(hub.model(name, head="image")).to(params.device())
-        image, batches = model.config.image, _pixels(model, source)
+        image, batches = model.config.image, sinks.pictures(source, model.config.image, count)
         sites = measure(model, batches, "resid_post", meters=_METERS).summary()["sites"]
         sink = sinks.statistics(model, batches, image)
         rows.append({"model": name, **_sizes(sites), **_sunk(sink), "W8A8 agreement": _agreement(model, batches)})
         drawn[name] = sink, batches[0]["pixel_values"], image
     columns = ["model", "inf norm", "tensor kurtosis", "outliers", "attention", "values", "W8A8 agreement"]
     return pd.DataFrame(rows, columns=None if rows else columns), drawn
-
-
-def _pixels(model: Transformer, source: str) -> list[dict]:
-    image = model.config.image
-    own = image if source not in images.BUILT_IN else images.ImageConfig(image.size, image.patch, 1)
-    return [
-        {"pixel_values": one["pixel_values"].expand(-1, image.channels, -1, -1)}
-        for one in sinks.pictures(source, own)
-    ]
 
 
 def _agreement(model: Transformer, batches: list[dict]) -> float:

@@ -20,7 +20,7 @@ from ofutils.records import differing
 from ofutils.transformer import accuracy
 
 QUIET = 0.25  # a plain patch varies by less than this share of what the image's liveliest patch does
-BATCHES, ROWS, SHOWN, DRAWS = 4, 64, 3, 4  # images of the statistics, those kept as maps, draws of random dimensions
+SHOWN, DRAWS = 3, 4  # images that are kept as maps, draws of random dimensions
 
 
 def plain(pixels: Tensor, image: ImageConfig) -> Tensor:
@@ -29,11 +29,11 @@ def plain(pixels: Tensor, image: ImageConfig) -> Tensor:
     return spread < QUIET * spread.amax(1, keepdim=True)
 
 
-def pictures(source: str, image: ImageConfig, split: str = "validation") -> list[dict[str, Tensor]]:
-    """The images on which statistics rest: `BATCHES` of `ROWS`, or as many as there are; see `images.load`."""
-    held = getattr(load(source, image), split)
-    rows = min(ROWS, len(held) // image.row)
-    return fixed_batches(held, BATCHES, rows, image.row, image)
+def pictures(source: str, image: ImageConfig, count: int = 256) -> list[dict[str, Tensor]]:
+    """Held-out images, the same at every call: so many, or all there are; see `images.load`."""
+    held = load(source, image).validation
+    rows = min(64, count, len(held) // image.row)
+    return fixed_batches(held, count // rows, rows, image.row, image)
 
 
 @torch.no_grad()
