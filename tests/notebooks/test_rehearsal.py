@@ -202,9 +202,9 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A text file of 200 paragraphs, the corpus that scale `paper` asks the user to name."""
+    """A text file of 3000 paragraphs, the corpus that scale `paper` asks the user to name."""
     path = tmp_path / "corpus.txt"
-    path.write_text("\n\n".join(f"Paragraph {n} says that {n} times {n} is {n * n}." for n in range(200)))
+    path.write_text("\n\n".join(f"Paragraph {n} says that {n} times {n} is {n * n}." for n in range(3000)))
     return str(path)
 
 

@@ -55,17 +55,6 @@ _SAID = [
     + (_NORM, _DECAYED_GATED, _NORM, _D, "factor", _T6),
     ("decay-gated-kurtosis", f"{_SAME}{_CUT} {_KURTOSIS} by", "divide")
     + (_KURTOSIS, _DECAYED_GATED, _KURTOSIS, _D, "factor", _T6),
-    (
-        "decay-gated-w8a8",
-        _SAME + _SHARE.format("W8A8"),
-        "save",
-        "W8A8",
-        _DECAYED_GATED,
-        "W8A8",
-        _D,
-        "share_kept",
-        _T6,
-    ),
     ("decay-gated-fp", _SAME + _FP, "lower", "loss", _DECAYED_GATED, "loss", _D, "-fp_cost", _T6),
     ("gated-near-fp", f"{_SAME}W8A8 lowers the loss of gated attention (nats) by", "minus")
     + ("W8A8", _DECAYED_GATED, "W8A8", _D, "-near", _T6),
@@ -73,34 +62,15 @@ _SAID = [
     + ("W6A8", _D, "W6A8 min-max", _D, "higher", _T10),
     ("activations-before-weights", f"{_SAME}W6A6 {_COSTS} W4A8, by a factor of", "multiply")
     + ("W6A6", _D, "W4A8", _D, "higher", _T10),
-    (
-        "decay-gated-w6a6",
-        _SAME + _SHARE.format("W6A6"),
-        "save",
-        "W6A6",
-        _DECAYED_GATED,
-        "W6A6",
-        _D,
-        "share_kept",
-        _T10,
-    ),
-    (
-        "decay-gated-w4a8",
-        _SAME + _SHARE.format("W4A8"),
-        "save",
-        "W4A8",
-        _DECAYED_GATED,
-        "W4A8",
-        _D,
-        "share_kept",
-        _T10,
-    ),
     ("larger-gated-norm", f"{_TWICE}{_CUT} {_NORM} (resid_post) by", "divide")
     + (_NORM, _LARGER_GATED, _NORM, _LARGER, "factor", _T3),
     ("larger-gated-w8a8", _TWICE + _SHARE.format("W8A8"), "save")
     + ("W8A8", _LARGER_GATED, "W8A8", _LARGER, "share_kept", _T3),
     ("larger-gated-fp", _TWICE + _FP, "lower", "loss", _LARGER_GATED, "loss", _LARGER, "-fp_cost", _T3),
 ]
+for _bits, _item in (("W8A8", _T6), ("W6A6", _T10), ("W4A8", _T10)):
+    _said = f"decay-gated-{_bits.lower()}", _SAME + _SHARE.format(_bits), "save"
+    _SAID.append((*_said, _bits, _DECAYED_GATED, _bits, _D, "share_kept", _item))
 #: id of a claim or nothing; sentence; a value for each seed; the parameter that holds the margin, with a minus where
 #: a loss is allowed; the paper's number; why it cannot be judged, if so; whether the values are ratios.
 Judged = tuple[str, str, pd.Series, str, str, str, bool]
@@ -195,23 +165,28 @@ def of_tables(rows: pd.DataFrame, tail: float, blame: float) -> list[Judged]:
     """What bondarenko2023 says of its Tables 2, 3, 6 and 10, like for like: norm gains decayed in both or in neither.
 
     Args:
-        rows: from `tidy`, with the methods of ROWS. Of calibrations the median counts.
+        rows: from `tidy`. Of calibrations the median counts; what is said of a method that is not there is left out.
         tail, blame: as in `of_methods`.
     """
     costs = rows.pivot_table("cost", "seed", ["setting", "method"], "median", dropna=False)
     wide, found = rows.drop_duplicates(["method", "seed"]).pivot(index="seed", columns="method"), []
+    there = [one for one in ROWS if one in {*rows["method"]}]
     for name, column in (("kurtosis", _KURTOSIS), ("norm", _NORM)):
-        both = [(wide[column].loc[seed, [*ROWS]], costs["W8A8"].loc[seed, [*ROWS]]) for seed in wide.index]
+        both = [(wide[column].loc[seed, there], costs["W8A8"].loc[seed, there]) for seed in wide.index]
         ours = pd.Series([a.corr(b, "spearman") for a, b in both], wide.index)
-        theirs = pd.DataFrame([[_number(one, *row) for one in (column, "W8A8")] for row in ROWS.values()])
+        theirs = pd.DataFrame([[_number(one, *ROWS[method]) for one in (column, "W8A8")] for method in there])
         said = f"{theirs.corr('spearman').iloc[0, 1]:.3g} ({_B}, the same rows)"
-        text = f"over the rows of Tables 3 and 6, the rank correlation of {column} and W8A8 cost is"
+        text = f"over {len(there)} rows of Tables 3 and 6, the rank correlation of {column} and W8A8 cost is"
         found.append((f"{_B}-{name}-ranks-w8a8", text, ours, "rank_margin", said, "", False))
-    for name, text, formula, one, method, other, vanilla, rule, item in _SAID:
+    for name, text, formula, one, method, other, vanilla, rule, item in (
+        x for x in _SAID if {x[4], x[6]} <= {*there}
+    ):
         pairs = (one, method), (other, vanilla)
         ours = [(costs if column[0] == "W" else wide)[column][of] for column, of in pairs]
-        of_bert = item == _T10  # the paper has it of BERT
-        theirs = [_number(c, *((_B, item, of.partition(",")[0]) if of_bert else ROWS[of])) for c, of in pairs]
+        like = [
+            (_B, item, of.partition(",")[0]) if item == _T10 else ROWS[of] for _, of in pairs
+        ]  # Table 10 is BERT's
+        theirs = [_number(column, *row) for (column, _), row in zip(pairs, like, strict=True)]
         why = _none(wide, vanilla, tail) if rule == "factor" else ""
         why = _innocent(costs, vanilla, blame) if rule.startswith("share") else why
         said = f"{_FORMULAS[formula](*theirs):.3g} ({_B}, {item})"
