@@ -12,8 +12,6 @@ from ofutils.studies.start_here import items
 
 ROOT = Path(__file__).parents[2]
 ITEMS = {(one.paper, one.item): one for one in items.items()}
-#: Notebooks that are announced and not there yet; empty once they are.
-NOT_YET = {"10_vit"}
 
 each_item = pytest.mark.parametrize("item", ITEMS.values(), ids=lambda one: f"{one.paper}, {one.item}")
 
@@ -35,10 +33,6 @@ def test_every_item_of_the_papers_has_a_row_and_only_one():
 @each_item
 def test_it_is_where_its_row_says_or_the_row_says_why_not(item):
     assert item.shows and not (item.untestable and item.unobtainable)
-    if item.notebook in NOT_YET:
-        assert not (ROOT / "notebooks" / f"{item.notebook}.ipynb").exists(), f"take {item.notebook} out of NOT_YET"
-        assert not item.where
-        return
     assert bool(item.notebook) == bool(item.where)
     assert item.notebook or item.untestable or item.unobtainable
     assert not item.notebook or items.cell(item) > 0, f"{item.notebook} has no {item.where}"
