@@ -2,7 +2,7 @@
 
 Letters used for shapes in every docstring and comment
     B batch, T tokens in a row, D width, H heads, K head width (D / H),
-    V vocabulary, L layers, N tokens in all (B x T, over every batch).
+    V vocabulary (of images: classes), L layers, N tokens in all (B x T, over every batch).
 
 The core stands on six floors; a room imports from lower floors only (a test reads the imports). It holds the papers'
 metrics, blocks, optimizers and quantizers, and what several notebooks or the command line need. What one notebook
@@ -12,6 +12,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     0      params       scales, settings and the check of parameters, device, provenance, paths
     0      records      content-addressed records: write, find, refuse
     0      pool         many tasks in local processes; one that fails costs itself only
+    0      devices      random numbers of one device, its speed in bf16, a clock
     1      metrics      outlier metrics, as definitions
     1      streaming    the same metrics over any number of batches, from shared sums
     1      attention    softmax, clipped softmax, capped scores, gates, rotary positions
@@ -25,6 +26,7 @@ alone computes is a study, `studies.<notebook>`: the core never imports a study,
     1      sources      what each notebook loads from the Hub, by scale
     1      hub          checkpoints and data by name and revision, the packaged MiniLM, a stand-in
     1      batches      batches by number, cut from one long row of ids, plain or masked
+    1      images       digits, scenes and files of images, as rows of bytes; patches
     1      backcopy     a task whose best predictor needs heads that do nothing
     2      data         corpora and their tokenizer
     2      frequency    how often each token occurs: shipped counts, a text's own

@@ -19,6 +19,9 @@ class AttentionConfig:
 
     A causal query t sees t keys, so that one gamma for all is too weak for the first and too strong for the last:
     `row_aware` takes -alpha / t, a control for the clipped softmax's failure on OPT that none of the papers has.
+
+    `linear_init` is what bondarenko2023's code does, not its paper: it puts its attention into a model after that was
+    initialised, and of OPT replaces the output matrix too.
     """
 
     gamma: Annotated[float, "at most 0"] = 0.0  # clipped softmax; 0 with zeta 1 is the plain one
@@ -31,6 +34,7 @@ class AttentionConfig:
     gate: Literal["none", "linear", "mlp", "all_heads"] = "none"
     gate_hidden: params.Count = 4  # width of the hidden layer of the mlp gate
     pi_init: Annotated[float, "above 0", "below 1"] = 0.5  # the gate's value at a zero input
+    linear_init: bool = False  # q, k, v and a causal model's attn_out start as nn.Linear does, biases too
     qk_norm: Literal["none", "layernorm", "rmsnorm"] = "none"
     tanh_cap: params.NotNegative = 0.0  # scores are capped at it (max_attn_val, 30 in Grok-1); 0: they are not
     value_skip: float = 0.0  # a in a v + b A v: how much of its own value each position keeps

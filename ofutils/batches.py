@@ -1,4 +1,5 @@
-"""Batches for trainings and evaluations, cut from one long row of ids; tokens hidden that are to be predicted."""
+"""Batches for trainings and evaluations, cut from one long row of ids, or of bytes where chunks are images; tokens
+hidden that are to be predicted."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,7 +57,14 @@ class Masks:
 
 
 def unpacked(batch: Tensor) -> Tensor | dict[str, Tensor]:
-    """What a model and `lm_loss` take: (B, T) as it is, (B, 2, T) as a mapping of `input_ids` and `labels`."""
+    """What a model and `lm_loss` take: (B, T) as it is, the rest as a mapping with `labels`.
+
+    (B, 2, T) becomes `input_ids` and `labels`; images as bytes (B, C, S + 1, S), see `images.ImageConfig`, become
+    `pixel_values` (B, C, S, S) in [-1, 1] and `labels` (B,).
+    """
+    if batch.ndim == 4:
+        high, low = batch[:, 0, -1, :2].long().unbind(1)
+        return {"pixel_values": batch[:, :, :-1].float() / 127.5 - 1, "labels": 256 * high + low}
     return batch if batch.ndim == 2 else {"input_ids": batch[:, 0], "labels": batch[:, 1]}
 
 
@@ -65,7 +73,8 @@ class Batches:
     """Training batches in a shuffled order that only the seed and the batch's number decide.
 
     The row of ids is cut into chunks of `context` tokens; each epoch visits every chunk once in its own
-    order. A run that goes on from a step sees the batches that it would have seen, to the bit, masks included.
+    order. A run that goes on from a step sees the batches that it would have seen, to the bit, masks included. Of
+    images `context` is `images.ImageConfig.row`, and `masks` an `ImageConfig`.
 
     Raises:
         UserError: ids shorter than one batch.
@@ -75,14 +84,14 @@ class Batches:
     batch: int
     context: int
     seed: int = 0
-    masks: Masks | None = None
+    masks: Masks | None = None  # or an `images.ImageConfig`
 
     def __post_init__(self):
         self.chunks, self._epoch, self._order = len(self.ids) // self.context, -1, np.empty(0, int)
         _require_a_batch(self.ids, "training", self.batch, self.context)
 
     def at(self, number: int) -> Tensor:
-        """The batch of that number, int64: (batch, context), masked (batch, 2, context), see `Masks.at`.
+        """The batch of that number, int64: (batch, context), masked (batch, 2, context), see `Masks.at`; or images.
 
         The last, incomplete batch of an epoch is left out.
         """
@@ -119,7 +128,7 @@ class Ahead:
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
 
-def fixed_batches(ids: np.ndarray, count: int, batch: int, context: int, masks: Masks | None = None) -> list:
+def fixed_batches(ids: np.ndarray, count: int, batch: int, context: int, masks=None) -> list:
     """The same `count` batches at every call: chunks spread evenly over `ids`, (batch, context) each, see `unpacked`.
 
     Raises:
@@ -139,5 +148,6 @@ def _require_a_batch(ids: np.ndarray, split: str, batch: int, context: int) -> N
 
 
 def _rows(ids: np.ndarray, chunks: np.ndarray, context: int) -> Tensor:
-    """The chunks of those numbers, (n, context) int64."""
-    return torch.from_numpy(ids[chunks[:, None] * context + np.arange(context)].astype(np.int64))
+    """The chunks of those numbers, (n, context): bytes as they are, ids as int64."""
+    rows = ids[: len(ids) // context * context].reshape(-1, context)[chunks]
+    return torch.from_numpy(rows if rows.dtype == np.uint8 else rows.astype(np.int64))

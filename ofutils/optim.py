@@ -66,10 +66,11 @@ def make(name: str, model: nn.Module, lr: float, betas, eps: float, weight_decay
         return Muon(model, parts, lr, betas, eps)
     if name == "adafactor":
         return Preconditioned(parts, lr, betas, eps, max_precondition_dim=0, second="rank1")
-    table, head = model.token_embedding.weight, getattr(getattr(model, "head", None), "weight", None)
-    tables = [table] if head is None else [table, head]
+    table, head = model.token_embedding, getattr(getattr(model, "head", None), "weight", None)
+    tables = [table.weight] if isinstance(table, nn.Embedding) else []  # patches of images are no vocabulary
+    tables += [] if head is None else [head]
     rest = [parameter for parameter in parts[0]["params"] if not any(parameter is one for one in tables)]
-    own = {"params": tables, "weight_decay": weight_decay, "max_precondition_dim": table.shape[1]}
+    own = {"params": tables, "weight_decay": weight_decay, "max_precondition_dim": tables[0].shape[1]}
     parts = [own, {**parts[0], "params": rest}, parts[1]]
     if name == "soap":
         return SOAP(parts, lr, betas, eps)

@@ -42,6 +42,13 @@ def log_scale(ax: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def dots(ax: Axes, table: pd.DataFrame, number: str, name: str, title: str, label: str) -> None:
+    """A dot per row of a table: `number` across, a line for each `name`; `label` is of the horizontal axis."""
+    sns.stripplot(table, x=number, y=name, color="#0072B2", jitter=False, size=7, alpha=0.7, ax=ax)
+    ax.set(title=title, xlabel=label, ylabel="")
+    ax.grid(axis="y", alpha=0.3)
+
+
 def save(fig: Figure, session: params.Session, name: str, points: pd.DataFrame, **provenance) -> Path:
     """Write a figure into the session's folder: the picture, its points as CSV, its provenance as JSON.
 

@@ -35,12 +35,11 @@ def wanted(scale: str, notebook: str = "", model: str = "") -> dict[tuple[str, s
     """
     found = {}
     for loads in [sources.read(one, scale, model) for one in ([notebook] if notebook else sources.NOTEBOOKS)]:
-        models = [(name, revision) for name in loads.models for revision in loads.revisions]
-        for name, revision in [*models, *((name, "main") for name in loads.weights)]:
-            read = name in loads.models and revision == loads.revisions[0]
-            found[name, revision, ""] = read or found.get((name, revision, ""), False)
+        first = {sources.place(name, *loads.steps[:1]) for name in loads.models}  # of these the tokenizer
+        for name, revision in [*loads.places, *((name, "main") for name in loads.weights)]:
+            found[name, revision, ""] = (name, revision) in first or found.get((name, revision, ""), False)
         found |= {(name, hub.CONVERTED, hub.table(part, split)): False for name, part, split in loads.texts}
-    return {one: read for one, read in found.items() if one[0] != hub.STAND_IN}
+    return {one: read for one, read in found.items() if not one[0].startswith("stand-in/")}
 
 
 def chosen(files, tokenizer: bool = False) -> tuple[str, list[str], list[str]]:

@@ -31,7 +31,7 @@ from ofutils.quantizers import Ends, RunningRange, beyond, make_grid, minmax_ran
 from ofutils.transformer import Transformer
 
 Calibration = Literal["quantized", "float"]
-_NORMS = ("embed_norm", "norm1", "norm2", "norm_final", "q_norm", "k_norm")
+_NORMS = ("embed_norm", "patch_norm", "norm1", "norm2", "norm_final", "q_norm", "k_norm")
 _ACTIVATIONS = frozenset(
     {"project_in", "embed_typed", "embed_sum", "q", "k", "v", "scores", "probs", "context", "gated", "attn_out"}
     | {"resid_mid", "mlp_act", "mlp_out", "resid_post", "project_out"}
@@ -84,9 +84,10 @@ Ranges = dict[str, Ends]
 def _activation_sites(model: Transformer, settings: QuantSettings) -> list[str]:
     """Each tensor once: a norm that is not there adds no second rounding of the stream."""
     rounded, gated = {}, not model.config.causal  # the authors round BERT's context after the gate, OPT's before
+    own = _ACTIVATIONS | ({"embed_tokens"} if model.config.image.size else set())  # of a matrix there, not read
     for name, module in model.sites().items():
         kind = name.split(".")[-1]
-        there = kind in _ACTIVATIONS or (kind in _NORMS and not isinstance(module, nn.Identity))
+        there = kind in own or (kind in _NORMS and not isinstance(module, nn.Identity))
         if there and kind != ("context" if gated else "gated"):
             rounded[name] = kind
     for kind in set(settings.skip) - set(rounded.values()):
@@ -109,8 +110,9 @@ def _weights(model: Transformer) -> dict[str, nn.Parameter]:
 
 def _embeddings(model: Transformer) -> dict[str, Tensor]:
     """Site -> the weight that is read there: rounding the one is rounding the other."""
+    text = not model.config.image.size
     tables = {
-        "embed_tokens": model.token_embedding.weight.data * model.config.embedding.scale,
+        "embed_tokens": model.token_embedding.weight.data * model.config.embedding.scale if text else None,
         "embed_segments": model.segment_embedding and model.segment_embedding.weight.data,
         "embed_positions": model.position_embedding and model.position_embedding.weight.data,
     }

@@ -99,10 +99,43 @@ def summary(board: pd.DataFrame) -> str:
     waits = ~board["verdict"].str.split(":").str[0].isin(["holds", "does not hold"])
     everywhere = waits.groupby(board["id"].map(statement)).all()
     said = f"{everywhere.sum()} of {len(everywhere)} statements are open in every setting"
-    return "; ".join([*(f"{place}: {_counted(rows)}" for place, rows in parts if len(rows)), said]) + "."
+    return "; ".join([*(f"{place}: {counted(rows)}" for place, rows in parts if len(rows)), said]) + "."
 
 
-def _counted(board: pd.DataFrame) -> str:
+def recorded(notebook: str, *names: str) -> list:
+    """What a notebook's last committed execution saved, for the figure on its first screen.
+
+    Args:
+        notebook: e.g. `02_bert_outliers`.
+        names: of its tables, `figures/<notebook>/<name>.csv`.
+
+    Returns:
+        The provenance of the first table (`scale` and what else was saved), then the tables, in this order.
+
+    Raises:
+        UserError: a table that is not there or not readable, or tables of more than one scale.
+    """
+    folder, tables = params.root() / "figures" / notebook, []
+    try:
+        about = [json.loads((folder / f"{name}.json").read_text()) for name in names]
+        tables = [pd.read_csv(folder / f"{name}.csv", keep_default_na=name != "verdicts") for name in names]
+    except (OSError, ValueError) as error:
+        raise UserError(f"figures/{notebook}: {error}; execute {notebook} again") from error
+    scales = sorted({one["scale"] for one in about})
+    params.require(len(scales) == 1, f"figures/{notebook}: {', '.join(names)} are of scales {' and '.join(scales)}")
+    return [about[0], *tables]
+
+
+def answer(notebook: str) -> str:
+    """One line: the verdicts of a notebook's last committed execution, counted, and the scale that it ran at."""
+    about, table = recorded(notebook, "verdicts")
+    claims, beside = table[table["id"] != ""], table[table["id"] == ""]
+    more = f"; beside them {counted(beside, 'comparisons')}" if len(beside) else ""
+    return f"Scale {about['scale']}: {counted(claims)}{more}."
+
+
+def counted(board: pd.DataFrame, what: str = "claims") -> str:
+    """In words, how many of these verdicts hold, do not, cannot be tested at the scale that ran, or wait."""
     kinds = board["verdict"].str.split(":").str[0]
     said = {
         "holds": ("holds", "hold"),
@@ -112,7 +145,7 @@ def _counted(board: pd.DataFrame) -> str:
     }
     counts = [(int((kinds == kind).sum()), words) for kind, words in said.items()]
     parts = [f"{count} {words[count != 1]}" for count, words in counts if count]
-    return f"of {len(board)} claims, " + ", ".join(parts)
+    return f"of {len(board)} {what.removesuffix('s') if len(board) == 1 else what}, " + ", ".join(parts)
 
 
 def render(board: pd.DataFrame, root: Path | None = None) -> str:

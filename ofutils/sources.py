@@ -18,15 +18,28 @@ NOTEBOOKS = tuple(_TABLES)
 class Sources:
     """What a notebook loads at one scale."""
 
-    models: tuple[str, ...] = ()  # ids, with their tokenizers
+    models: tuple[str, ...] = ()  # ids, with their tokenizers; see `place`
     weights: tuple[str, ...] = ()  # ids without
     steps: tuple[int, ...] = ()  # checkpoints of the models; none: the revision main
     texts: tuple[tuple[str, str, str], ...] = ()  # data sets: id, part, split, as `hub.text` takes them
 
     @property
-    def revisions(self) -> tuple[str, ...]:
-        """The revisions of the models, in order."""
-        return tuple(f"step{step}" for step in self.steps) or ("main",)
+    def places(self) -> list[tuple[str, str]]:
+        """Id and revision of every checkpoint of the models, in order."""
+        return [place(name, step) for name in self.models for step in self.steps or (None,)]
+
+
+def place(name: str, step: int | None = None) -> tuple[str, str]:
+    """Where a checkpoint lies: id and revision.
+
+    Args:
+        name: an id whose revisions are step0, step1, ..., or one with `{}` where each checkpoint's step stands in an
+            id of its own, such as `google/multiberts-seed_1-step_{}k`.
+        step: None: the revision main.
+    """
+    if "{}" in name:
+        return name.format(step), "main"
+    return name, "main" if step is None else f"step{step}"
 
 
 def read(notebook: str, scale: str, model: str = "") -> Sources:

@@ -23,7 +23,7 @@ from ofutils.records import differing
 from ofutils.resume import weights_digest
 from ofutils.streaming import STANDARD
 from ofutils.train import Published, Run, TrainConfig
-from ofutils.transformer import lm_loss
+from ofutils.transformer import accuracy, lm_loss
 
 #: The text on which published checkpoints are measured, unless another is named: id, part and split of a data set.
 (HELD_OUT,) = sources.read("01_pythia_kurtosis", "paper").texts
@@ -68,6 +68,11 @@ class Job:
         return isinstance(self.config, Published)
 
     @property
+    def images(self) -> bool:
+        """Whether its model sees images: what is measured then has an `accuracy` beside the loss."""
+        return not self.published and self.config.objective == "image"
+
+    @property
     def label(self) -> str:
         """For progress and failures: method, learning rate, seed."""
         if self.published:
@@ -90,6 +95,7 @@ class Outcome:
     run: Run | None = None
     measured: dict | None = None  # {"loss", "sites": {site: metrics}} in full precision
     quantized: dict[str, float] = field(default_factory=dict)  # label of the settings -> loss
+    accuracies: dict[str, float] = field(default_factory=dict)  # of images: label of the settings -> accuracy
     trajectory: tuple[dict, ...] = ()  # per checkpoint {"step", "weights" (a digest), "loss", "sites"}
     error: str | None = None
 
@@ -107,8 +113,9 @@ def _read(job: Job, run: Run | None, results: list[dict]) -> Outcome:
     """The outcome from the results of all entries, in order."""
     cut = len(results) - len(job.checkpoints)
     own, trajectory = results[:cut], tuple(results[cut:])
-    losses = {one.label: found["loss"] for one, found in zip(job.settings, own[1:], strict=True)}
-    return Outcome(job, run, own[0] if own else trajectory[-1], losses, trajectory)
+    rounded = {one.label: found for one, found in zip(job.settings, own[1:], strict=True)}
+    losses, accuracies = ({k: one[key] for k, one in rounded.items() if key in one} for key in ("loss", "accuracy"))
+    return Outcome(job, run, own[0] if own else trajectory[-1], losses, accuracies, trajectory)
 
 
 def recall(job: Job) -> Outcome | None:
@@ -138,7 +145,7 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     run = train.train(job.config, report=report, keep=keep)
     if run.diverged:
         return Outcome(job, run, error=f"diverged at step {run.diverged}")
-    tokens, shape = train.load_tokens(job.config), (job.evaluation.batch, job.config.model.context)
+    tokens, shape = train.load_tokens(job.config), (job.evaluation.batch, job.config.row)
     masks = train.masks(job.config, tokens)
     trained_on = run.record["environment"]["corpus"]
     params.require(trained_on == tokens.corpus, f"{run.config.name} was trained on another corpus than is here")
@@ -147,13 +154,14 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
     model = run.load()
     evaluation = batches.fixed_batches(tokens.validation, job.evaluation.batches, *shape, masks)
     store, environment = train.store(), params.environment() | {"corpus": tokens.corpus}
-    results = [_measured(model, evaluation, job.evaluation)]
-    score, losses = lambda: measure(model, evaluation, loss=lm_loss).loss, {}
+    exact = _scored(model, evaluation, job) if job.images else {}
+    results, rounded = [exact | _measured(model, evaluation, job.evaluation)], {}
     for draw in sorted({one.draw for one in job.settings}):
         settings = [one for one in job.settings if one.draw == draw]
-        found = quant.table(model, settings, calibration(job, tokens, draw), score)
-        losses |= dict(zip(settings, found, strict=True))
-    results += [{"loss": losses[one]} for one in job.settings]
+        drawn = calibration(job, tokens, draw)
+        found = quant.table(model, settings, drawn, lambda: _scored(model, evaluation, job))
+        rounded |= dict(zip(settings, found, strict=True))
+    results += [rounded[one] for one in job.settings]
     for entry, result in zip(_entries(job), results, strict=False):
         store.write(*entry, result, environment)
     return _read(job, run, results + _over_training(job, evaluation, {"corpus": tokens.corpus}))
@@ -161,7 +169,7 @@ def perform(job: Job, report: Callable[[int, float], None] | None = None) -> Out
 
 def calibration(job: Job, tokens: data.Tokens, draw: int = 0) -> list:
     """Batches of the training split, drawn by the run's seed, each draw in an order of its own."""
-    shape, seed = (job.evaluation.batch, job.config.model.context), 10_000 * (draw + 1) + job.config.seed
+    shape, seed = (job.evaluation.batch, job.config.row), 10_000 * (draw + 1) + job.config.seed
     drawn = batches.Batches(tokens.train, *shape, seed, train.masks(job.config, tokens))
     return [batches.unpacked(drawn.at(n)) for n in range(job.settings[0].batches if job.settings else 0)]
 
@@ -170,11 +178,17 @@ def _measured(model, rows: list, asked: Evaluation) -> dict:
     return measure(model, rows, asked.sites, lm_loss, asked.meters).summary()
 
 
+def _scored(model, rows: list, job: Job) -> dict:
+    """The loss, and of images the accuracy."""
+    asked = {"loss": lm_loss} | ({"accuracy": accuracy} if job.images else {})
+    return {name: measure(model, rows, loss=one).loss for name, one in asked.items()}
+
+
 def _held_out(job: Job) -> tuple[list, str]:
     """Batches of held-out text for published checkpoints, in the tokens of their model, and the text's sha256."""
     one = job.evaluation
     corpus = data.load_corpus(one.text or str(hub.text(*HELD_OUT)))
-    ids = sentences.encode(hub.tokenizer(job.config.name, f"step{job.config.steps[0]}"), corpus)
+    ids = sentences.encode(hub.tokenizer(*sources.place(job.config.name, job.config.steps[0])), corpus)
     return batches.fixed_batches(ids, one.batches, one.batch, one.context), corpus.sha256
 
 

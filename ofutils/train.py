@@ -10,11 +10,8 @@ bit on a CPU with the same number of threads (a GPU's fused attention does not p
 
 import math
 import sys
-import time
-import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ofutils import UserError, data, hub, optim, params, variants
+from ofutils import UserError, data, hub, images, optim, params, sources, variants
 from ofutils.batches import Ahead, Batches, Masks, fixed_batches, unpacked
+from ofutils.devices import Every, seed_dropout, slowness_of_bf16
 from ofutils.probes import Batch, measure, resolve
 from ofutils.records import Store, differing, digest, warn_of_other_corpus
 from ofutils.resume import State, log_spaced, restore, save, save_weights
@@ -46,9 +44,9 @@ class TrainConfig:
     """All that decides the numbers of a run. Its name is the hash of what differs from the defaults."""
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
-    objective: Literal["clm", "mlm"] = "clm"  # causal language modelling; masked, of a model that is not causal
+    objective: Literal["clm", "mlm", "image"] = "clm"  # causal or masked language modelling; classes of images
     start: str = ""  # name of the loaded model that training starts from; empty: a fresh one
-    corpus: str = "stdlib"  # see data.tokens
+    corpus: str = "stdlib"  # see data.tokens; of images see images.load
     characters: params.Natural = 0  # cap on the text of each split; 0: all of it
     variant: Literal[variants.VARIANTS] = "natural"  # of the text
     bpe: params.Natural = 0  # ids of the tokenizer; 0: as many as the model has for text, see `text_vocab`
@@ -75,8 +73,14 @@ class TrainConfig:
     def __post_init__(self):
         params.require(self.model.context >= 2, "a context of one token leaves nothing to predict")
         params.require(len(self.sites) > 0, "sites must name at least one site")
-        causal = self.objective == "clm"
+        causal, seen = self.objective == "clm", self.objective == "image"
         params.require(self.model.causal == causal, f"objective {self.objective} needs model.causal {causal}")
+        needs = f"objective {self.objective} needs a model of {'images' if seen else 'text'}: see model.image.size"
+        params.require(seen == (self.model.image.size > 0) and (not seen or self.model.head != "none"), needs)
+        text = self.characters, self.variant, self.bpe
+        params.require(
+            not seen or text == (0, "natural", 0), "characters, variant and bpe are of text, not of images"
+        )
         most = f"model.vocab {self.model.vocab} leaves for text, {self.text_vocab}"
         params.require(self.bpe <= self.text_vocab, f"bpe {self.bpe} is more than {most}")
 
@@ -84,6 +88,11 @@ class TrainConfig:
     def text_vocab(self) -> int:
         """Ids that a text may have: the model's; with mlm all but the last, which is the mask token."""
         return self.model.vocab - (self.objective == "mlm")
+
+    @property
+    def row(self) -> int:
+        """Ids that a row of a batch is cut from: the context; of images bytes."""
+        return self.model.image.row if self.objective == "image" else self.model.context
 
     @property
     def name(self) -> str:
@@ -144,10 +153,11 @@ def _load(config: TrainConfig, path: Path) -> Transformer:
 
 @dataclass(frozen=True)
 class Published:
-    """Checkpoints that somebody else published: the revisions step0, step1, ... of an id on the Hub."""
+    """Checkpoints that somebody else published: of a name on the Hub, at these steps, see `sources.place`."""
 
     name: str = ""
     steps: tuple[int, ...] = ()
+    head: str | None = "lm"  # of `hub.model`
 
 
 def kept(config: TrainConfig, step: int) -> Path:
@@ -169,7 +179,7 @@ def checkpoints(
     """
     if isinstance(source, Published):
         for step in source.steps if steps is None else steps:
-            yield step, hub.model(source.name, f"step{step}", "lm")
+            yield step, hub.model(*sources.place(source.name, step), source.head)
         return
     for step in log_spaced(source.steps) if steps is None else steps:
         path = kept(source, step)
@@ -177,15 +187,19 @@ def checkpoints(
         yield step, _load(source, path)
 
 
-def load_tokens(config: TrainConfig) -> data.Tokens:
-    """The tokenized corpus of a run."""
+def load_tokens(config: TrainConfig) -> data.Tokens | images.Images:
+    """The tokenized corpus of a run, or its images."""
+    if config.objective == "image":
+        return images.load(config.corpus, config.model.image)
     vocab, context = config.text_vocab, config.model.context
     tokens = data.tokens(config.corpus, config.characters, config.bpe or vocab, context)
     return variants.transformed(tokens, config.variant, vocab, context)
 
 
-def masks(config: TrainConfig, tokens: data.Tokens) -> Masks | None:
-    """How the batches of a run are masked, or None."""
+def masks(config: TrainConfig, tokens: data.Tokens | images.Images) -> Masks | images.ImageConfig | None:
+    """How the batches of a run are masked, or the form of its images, or None."""
+    if config.objective == "image":
+        return config.model.image
     return Masks(config.text_vocab, tokens.vocab, tokens.special) if config.objective == "mlm" else None
 
 
@@ -195,7 +209,8 @@ def find(config: TrainConfig) -> Run | None:
     if record is None:
         return None
     try:
-        here = data.fingerprint(config.corpus, config.characters)
+        seen = config.objective == "image"
+        here = load_tokens(config).corpus if seen else data.fingerprint(config.corpus, config.characters)
     except UserError:
         here = None  # the record speaks for itself
     warn_of_other_corpus(record, here)
@@ -232,7 +247,7 @@ class Loop:
         config, device = self.config, self.accelerator.device
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * optim.schedule(number, config.steps, config.warmup, config.decay)
-        _seed_dropout(device, (config.seed * 1_000_003 + number) * 1_009 + self.accelerator.process_index)
+        seed_dropout(device, (config.seed * 1_000_003 + number) * 1_009 + self.accelerator.process_index)
         batch, whole = self.rows(number), 0
         for part in batch.split(config.rows_at_once or len(batch)):
             with self.precision():
@@ -246,23 +261,9 @@ class Loop:
 
 
 def _loss(model: nn.Module, batch: Tensor) -> Tensor:
-    return lm_loss(model(batch if batch.ndim == 2 else batch[:, 0]), unpacked(batch))
-
-
-def _seed_dropout(device: torch.device, seed: int) -> None:
-    """Seed this device alone: cheaper than `torch.manual_seed`, which seeds all."""
-    cuda = torch.cuda.default_generators[torch.cuda.current_device()] if device.type == "cuda" else None
-    (cuda or torch.default_generator).manual_seed(seed)
-
-
-@cache
-def slowness_of_bf16() -> float:
-    """How many times as long a matrix product takes on this CPU in bf16 as in float32."""
-    took = []
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(512, 512, dtype=dtype)
-        took.append(min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=5)))
-    return took[1] / took[0]
+    asked = unpacked(batch)
+    given = {} if torch.is_tensor(asked) else {name: one for name, one in asked.items() if name != "labels"}
+    return lm_loss(model(**given) if given else model(asked), asked)
 
 
 def prepare(
@@ -278,7 +279,7 @@ def prepare(
     """
     world = accelerator.num_processes
     params.require(config.batch % world == 0, f"a batch of {config.batch} does not split over {world} processes")
-    batches = Batches(tokens.train, config.batch, config.model.context, config.seed, masks(config, tokens))
+    batches = Batches(tokens.train, config.batch, config.row, config.seed, masks(config, tokens))
     part = slice(accelerator.process_index, None, world)
     ahead = accelerator.device.type == "cuda"
     rows = Ahead(batches, part, accelerator.device).at if ahead else lambda number: batches.at(number)[part]
@@ -330,7 +331,7 @@ def train(
     with accelerator.main_process_first():
         tokens = tokens or load_tokens(config)
     loop = prepare(config, tokens, accelerator, model)
-    shape = config.eval_batches, config.batch, config.model.context
+    shape = config.eval_batches, config.batch, config.row
     evaluation = fixed_batches(tokens.validation, *shape, masks(config, tokens))
     state = _begin(loop, wanted, tokens.corpus)
     report = report or _bar(config, state.step, shown=loop.writes)
@@ -355,21 +356,6 @@ def train(
     finally:
         torch.set_flush_denormal(False)
     return _finish(loop, state, tokens.corpus)
-
-
-class Every:
-    """A clock that is due when so many seconds have passed since it was made, or last due."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.last = seconds, time.monotonic()
-
-    def due(self) -> bool:
-        """Whether they have passed; they start anew then."""
-        now = time.monotonic()
-        if now - self.last < self.seconds:
-            return False
-        self.last = now
-        return True
 
 
 def _begin(loop: Loop, wanted: tuple[int, ...], corpus: str) -> State:

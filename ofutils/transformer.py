@@ -1,5 +1,5 @@
 """One transformer with named sites, by configuration: the OPT recipe, its remedies, the OP block and what lies
-between it and pre-norm, and the forms of BERT, RoBERTa, GPT-2 and GPT-NeoX."""
+between it and pre-norm, and the forms of BERT, RoBERTa, GPT-2, GPT-NeoX and ViT."""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ofutils import UserError, params
 from ofutils.attention import AttentionConfig, Gate, capped, probabilities, rotated
+from ofutils.images import ImageConfig, patches
 from ofutils.layers import make_activation, make_gain, make_norm
 
 PRE_NORMS = ("qk", "v", "mlp")  # what a pre-norm may stand before
@@ -38,7 +39,8 @@ class TransformerConfig:
     OP block: `norm` none, `attention` with a `qk_norm`, `residual_gain` below 1, `final_norm` off. BERT: `causal`
     off, `norm_position` post, `activation` gelu, `head` mlm, `embedding` with a `norm`, two `segments` and no
     `skip_padding`. GPT-2: `activation` gelu_tanh, `embedding` with no `skip_padding`. GPT-NeoX: `parallel` on, `head`
-    untied, `embedding` with rotary `positions`.
+    untied, `embedding` with rotary `positions`. ViT: `causal` off, `activation` gelu, `head` biased, `image` with a
+    `size`; `vocab` are its classes and `context` is `image.tokens`.
 
     What he2024 compares: `norm` and `norm_position` (Figure 2); the norms one at a time on the way to the OP block,
     `pre_norms` and `attention.qk_norm` (Table 4), with none of `pre_norms` an OP block whose `final_norm` stays
@@ -74,8 +76,10 @@ class TransformerConfig:
     head: Literal["tied", "untied", "biased", "mlm", "none"] = "tied"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
 
     def __post_init__(self):
+        self._check_image()
         params.require(self.width % self.heads == 0, f"width {self.width} does not split into {self.heads} heads")
         params.require(not (self.parallel and self.norm_position == "post"), "parallel needs norm_position pre")
         turned = self.rotary_width
@@ -88,6 +92,17 @@ class TransformerConfig:
         params.require(leaks, f"leaky_relu_slope is of activation relu, not of {self.activation}")
         normed = self.norm != "none" and "mlp" in self.pre_norms
         params.require(self.mlp_alpha or not normed, "mlp_alpha 0 is for an MLP whose input has no norm")
+
+    def _check_image(self) -> None:
+        image = self.image
+        if image.size:
+            whole = image.size % image.patch == 0
+            params.require(whole, f"images of {image.size} pixels do not split into patches of {image.patch}")
+            params.require(self.context == image.tokens, f"these images need context {image.tokens}: {self.context}")
+            plain = not self.causal and self.head != "mlm" and self.head != "tied"
+            plain = plain and self.embedding == EmbeddingConfig(scale=self.embedding.scale)
+            needs = "images need causal off, head untied, biased or none, and of embedding only a scale"
+            params.require(plain, needs)
 
     @property
     def rotary_width(self) -> int:
@@ -252,9 +267,11 @@ class Head(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids (B, T) -> logits (B, T, V), with a module at every tensor that a paper names.
+    """Token ids (B, T) -> logits (B, T, V), or images (B, C, S, S) -> (B, V), with a module at every tensor that a
+    paper names.
 
-    Sites: `embed_tokens` (scaled), `project_in` (where the embedding is narrower), `embed_segments` (token
+    Sites: `embed_tokens` (scaled; of images the patches (B, T, D), without the class token that later sites have),
+    `patch_norm`, `project_in` (where the embedding is narrower), `embed_segments` (token
     types), `embed_typed` (tokens and token types), `embed_positions` ((T, D), or (B, T, D) where they depend
     on the padding), `embed_sum`, `embed_norm`; per block `resid_pre`, `norm1`, `q`, `k`, `v` (before scaling,
     norm and rotation), `q_norm`, `k_norm`, `scores` (scaled, before cap and mask), `probs` (after
@@ -262,10 +279,10 @@ class Transformer(nn.Module):
     `resid_mid`, `norm2`, `mlp_in` (after alpha), `mlp_act` (after the activation), `mlp_out`, `resid_post` (the sums;
     in post-LN they stand before the norms); then `norm_final`, `project_out`, `logits`.
 
-    What a form does not compute is no site of it: `embed_segments`, `embed_typed`, `embed_norm` and `gate` unless
-    configured, `embed_positions` with rotary positions, `resid_mid` with parallel branches, `logits` with `head`
-    none, whose output is the last hidden state (B, T, D). A norm that is configured away passes its input on and
-    keeps its site; so does `norm_final` in post-LN, where it is the last block's `norm2`.
+    What a form does not compute is no site of it: `embed_segments`, `embed_typed`, `embed_norm`, `patch_norm` and
+    `gate` unless configured, `embed_positions` with rotary positions, `resid_mid` with parallel branches, `logits`
+    with `head` none, whose output is the last hidden state (B, T, D). A norm that is configured away passes its input
+    on and keeps its site; so does `norm_final` in post-LN, where it is the last block's `norm2`.
     While neither `scores` nor `probs` is watched, plain attention takes the fused path.
     """
 
@@ -274,7 +291,13 @@ class Transformer(nn.Module):
         self.config = config
         embed_width, segments = config.embed_width, config.embedding.segments
         narrow, learned = embed_width != config.width, config.embedding.positions == "learned"
-        self.token_embedding = nn.Embedding(config.vocab, embed_width)
+        image, patch = config.image, config.image.channels * config.image.patch**2
+        self.token_embedding = (
+            nn.Linear(patch, embed_width) if image.size else nn.Embedding(config.vocab, embed_width)
+        )
+        self.patch_norm = nn.LayerNorm(config.width, config.norm_eps) if image.size and image.norm else None
+        classed = image.size and image.pool == "class"
+        self.class_token = nn.Parameter(torch.empty(config.width)) if classed else None
         self.position_embedding = nn.Embedding(config.context, config.width) if learned else None
         self.segment_embedding = nn.Embedding(segments, config.width) if segments else None
         self.project_in = nn.Linear(embed_width, config.width, bias=False) if narrow else None
@@ -291,29 +314,42 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Matrices and embeddings N(0, init_std), biases 0, norms 1; gates keep their own start."""
-        for module in self.modules():
+        """Matrices and embeddings N(0, init_std), biases 0, norms 1; gates and what `linear_init` names stay."""
+        own, keep = self.config.attention.linear_init, ("q", "k", "v") + self.config.causal * ("attn_out",)
+        kept = {getattr(block.attention, name) for block in self.blocks for name in keep} if own else set()
+        for module in (one for one in self.modules() if one not in kept):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(0, self.config.init_std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
         if self.head is not None and self.head.weight is not None:
             self.head.weight.normal_(0, self.config.init_std)
+        if self.class_token is not None:
+            self.class_token.normal_(0, self.config.init_std)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) int64 -> (B, T, V), or (B, T, D) without a head.
+        """(B, T) int64, or images (B, C, S, S) -> (B, T, V), of images (B, V), or (B, T, D) without a head.
 
         Args:
-            input_ids: (B, T).
+            input_ids: (B, T); for a model of images, the images.
             attention_mask: (B, T), 1 where there is a token and 0 where there is padding. No token sees
                 padding; a padding position sees itself too, so that its output, which means nothing, is finite.
             token_type_ids: (B, T), the segment of each token; 0 everywhere by default.
+            pixel_values: the images, as Hugging Face calls them, in the place of `input_ids`.
 
         Raises:
-            UserError: T exceeds the context, a mask of another shape, or segments in a model without them.
+            UserError: T exceeds the context, a mask of another shape, segments in a model without them, images of
+                another shape.
         """
+        input_ids = pixel_values if input_ids is None else input_ids
+        if image := self.config.image.size and self.config.image:
+            input_ids = patches(input_ids, image)  # (B, T, C P P)
         length, longest = input_ids.shape[1], self.config.context
         params.require(length <= longest, f"a row of {length} tokens does not fit the context of {longest}")
         fits = attention_mask is None or attention_mask.shape == input_ids.shape
@@ -324,18 +360,24 @@ class Transformer(nn.Module):
             x = block(x, visible)
         x = self.norm_final(x)
         x = x if self.project_out is None else self.project_out(x)  # (B, T, embed_width)
-        return x if self.head is None else self.logits(self.head(x, self.token_embedding.weight))
+        if self.head is None:
+            return x
+        if image:
+            x = x.mean(1) if self.class_token is None else x[:, 0]  # (B, D)
+        return self.logits(self.head(x, self.token_embedding.weight))
 
     def _embedded(self, ids: Tensor, mask: Tensor | None, segments: Tensor | None) -> Tensor:
         x = self.embed_tokens(self.token_embedding(ids) * self.config.embedding.scale)
         x = x if self.project_in is None else self.project_in(x)  # (B, T, D)
+        x = x if self.patch_norm is None else self.patch_norm(x)
+        x = x if self.class_token is None else torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
         if self.segment_embedding is not None:
             segments = torch.zeros_like(ids) if segments is None else segments
             x = self.embed_typed(x + self.embed_segments(self.segment_embedding(segments)))
         elif segments is not None and segments.any():
             raise UserError("token types other than 0 for a model without segments: leave token_type_ids out")
         if self.position_embedding is not None:
-            positions = self.position_embedding.weight[: ids.shape[1]]  # (T, D)
+            positions = self.position_embedding.weight[: x.shape[1]]  # (T, D)
             if mask is not None and self.config.embedding.skip_padding:
                 positions = self.position_embedding((mask.long().cumsum(1) - 1).clamp(min=0))  # (B, T, D)
             x = x + self.embed_positions(positions)
@@ -350,7 +392,7 @@ class Transformer(nn.Module):
 
     def sites(self) -> dict[str, nn.Module]:
         """Site name -> the module whose output it is, in the order of computation."""
-        first = ("embed_tokens", "project_in", "embed_segments", "embed_typed", "embed_positions")
+        first = ("embed_tokens", "patch_norm", "project_in", "embed_segments", "embed_typed", "embed_positions")
         blocks = {f"blocks.{i}.{n}": m for i, block in enumerate(self.blocks) for n, m in block.sites().items()}
         sites = {n: getattr(self, n) for n in (*first, "embed_sum", "embed_norm")} | blocks
         sites |= {n: getattr(self, n) for n in ("norm_final", "project_out", "logits")}
@@ -376,9 +418,15 @@ def lm_loss(logits: Tensor, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
     """The mean loss (nats) of what a batch asks for: `clm_loss` of a tensor, else the `labels` of a mapping.
 
     Args:
-        logits: (B, T, V).
-        batch: ids (B, T), or a mapping with `labels` (B, T): the true id where one is to be predicted, else -100.
+        logits: (B, T, V), or of images (B, V).
+        batch: ids (B, T), or a mapping with `labels` (B, T): the true id where one is to be predicted, else -100; of
+            images (B,).
     """
     if torch.is_tensor(batch):
         return clm_loss(logits, batch)
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
+    return F.cross_entropy(logits.flatten(0, -2).float(), batch["labels"].flatten())
+
+
+def accuracy(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The share of images whose class has the largest logit, 0-d; arguments as of `lm_loss`."""
+    return (logits.argmax(-1) == batch["labels"]).float().mean()

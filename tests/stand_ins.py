@@ -50,10 +50,18 @@ def _pythia(width: int, heads: int) -> Model:
     return Model("GPTNeoXForCausalLM", config, "neox", torch.float16, seeds=tuple(seeds.items()))
 
 
+#: The ids of MultiBERTs' checkpoints -> seeds of their weights.
+MULTIBERTS = {
+    f"google/multiberts-seed_{seed}-step_{step}k": 10_000 * seed + step
+    for seed in range(3)
+    for step in (0, 20, 40, 80, 160, 400, 1000, 2000)
+}
 _ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 _OPT = {"hidden_size": 2048, "num_attention_heads": 32, "ffn_dim": 8192, "word_embed_proj_dim": 2048}
 _TINY_BERT = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
 _MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+_DEIT = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+_LABELS = {"num_labels": 1000}
 
 MODELS = {
     "EleutherAI/pythia-14m": _pythia(128, 4),
@@ -67,8 +75,11 @@ MODELS = {
     "facebook/opt-1.3b": Model("OPTForCausalLM", _OPT, "opt", torch.float16, "bin"),
     "openai-community/gpt2": Model("GPT2LMHeadModel", {}, "gpt2"),
     "google/vit-base-patch16-224-in21k": Model("ViTModel", {}, ""),
+    "google/vit-base-patch16-224": Model("ViTForImageClassification", _LABELS, ""),
+    "facebook/deit-small-patch16-224": Model("ViTForImageClassification", _LABELS | _DEIT, ""),
+    "facebook/wav2vec2-base": Model("Wav2Vec2ForPreTraining", {}, "", form="bin"),
     hub.MINILM: Model("BertModel", _MINILM, "bert"),
-}
+} | {name: Model("BertForPreTraining", {}, "bert", seeds=(("main", seed),)) for name, seed in MULTIBERTS.items()}
 # configurations of checkpoints of kilobytes, for `saved`
 BERT = transformers.BertConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=80

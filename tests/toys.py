@@ -18,6 +18,11 @@ GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positio
 LLAMA = {**BERT, "num_key_value_heads": 2}
 VIT = {key: value for key, value in BERT.items() if key != "max_position_embeddings"}
 VIT |= {"image_size": 8, "patch_size": 4, "num_labels": 3}
+WAV2VEC2 = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "conv_dim": (8, 8), "conv_kernel": (4, 4), "conv_stride": (2, 2), "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
 # name -> (class, its configuration)
 MODELS = {
     "opt": ("OPTForCausalLM", OPT),
@@ -46,9 +51,11 @@ MODELS = {
     "qwen3": ("Qwen3ForCausalLM", LLAMA | {"head_dim": 8}),
     "vit": ("ViTForImageClassification", VIT),
     "vit without a head": ("ViTModel", VIT),
+    "wav2vec2": ("Wav2Vec2ForCTC", WAV2VEC2),
+    "wav2vec2 without a head": ("Wav2Vec2Model", WAV2VEC2),
     "bert classifier": ("BertForSequenceClassification", BERT),
 }
-CONVERTIBLE = [name for name, (kind, _) in MODELS.items() if kind in CONVERTED]
+CONVERTIBLE = [name for name, (kind, _) in MODELS.items() if kind in CONVERTED and "vit" not in name]  # of text
 
 
 def build(name, attention="eager", **more):
@@ -78,6 +85,8 @@ def padded(side, length=20):
 
 
 def batch_for(name):
+    if name.startswith("wav2vec2"):
+        return {"input_values": torch.randn(3, 90)}
     return {"pixel_values": torch.randn(3, 3, 8, 8)} if name.startswith("vit") else {"input_ids": ids()}
 
 

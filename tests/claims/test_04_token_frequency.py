@@ -83,18 +83,3 @@ def test_diversity_is_counted_from_the_sorted_counts(stated, rules):
         ratios = (types["full model"] / types[title]).to_list()
         check(stated.loc[claim], ratios, rules["diversity_factor"], ratio=True)
         assert (stated.loc[claim, "id"] == "puccetti2022-diversity") == (title == "outliers off")
-
-
-def test_one_text_against_another(stated, rules):
-    peaks = pd.read_csv(FIGURES / "texts.csv").groupby(["text", "seed"])["kurtosis - 1"].max()
-    start = "peak of kurtosis - 1 (residual stream) over training: "
-    ratios = stated[[claim.startswith(start) for claim in stated.index]]
-    assert len(ratios) == 4
-    for claim, row in ratios.iterrows():
-        one, other = claim.removeprefix(start).split(" divided by ")
-        check(row, (peaks[one] / peaks[other]).to_list(), rules["factor"], ratio=True)
-
-
-def test_the_claim_about_causes_is_of_split_and_flattened_text(stated):
-    (claim,) = stated.index[stated["id"] == "puccetti2022-frequency-drives"]
-    assert claim.endswith("evenly split divided by flattened")

@@ -12,9 +12,10 @@ SEEDS = [1, 2, 3]
 FOURTH = ["u41", "u42", "u43", "u44"]
 
 
-def at_the_end(name, method):
+def at_the_end(name, method, momentum=None):
     """The last row of each seed: terms summed over the training."""
     steps = pd.read_csv(FIGURES / f"{name}.csv")
+    steps = steps if momentum is None else steps[steps["momentum"] == momentum]
     own = steps[(steps["method"] == method) & (steps["step"] == steps["step"].max())].sort_values("seed")
     assert own["seed"].tolist() == SEEDS
     return own
@@ -37,7 +38,18 @@ def expected(rules):
     }.items():
         other = at_the_end("no_momentum", method)["share of u42"].to_numpy()
         found[id] = (plain["share of u42"] / other, "higher", True)
-    return {f"he2024-moment-{id}": (list(v), rules[rule], ratio) for id, (v, rule, ratio) in found.items()}
+    plain, moved = (at_the_end("laboratory", "Pre-LN", one) for one in (0.0, 0.9))
+    sizes, later = plain[FOURTH].abs(), moved[FOURTH].abs()
+    found |= {
+        "lab-quadratic": (sizes["u42"] / sizes.sum(axis=1), "dominates", False),
+        "lab-higher": (plain["u42"] / (sizes["u43"] + sizes["u44"]), "negligible", True),
+        "lab-momentum": (later["u41"] / later.sum(axis=1), "dominates", False),
+    }
+    for id, method in {"op": "OP", "soap": "Pre-LN, SOAP"}.items():
+        other = at_the_end("laboratory", method, 0.0)["share of u42"].to_numpy()
+        found[f"lab-{id}"] = (plain["share of u42"] / other, "higher", True)
+    names = {id: f"he2024-lab-moment-{id[4:]}" if id.startswith("lab-") else f"he2024-moment-{id}" for id in found}
+    return {names[id]: (list(v), rules[rule], ratio) for id, (v, rule, ratio) in found.items()}
 
 
 def test_every_verdict_follows_from_the_tables(committed, rules):

@@ -18,9 +18,11 @@ from huggingface_hub import constants
 
 from ofutils import hub, params, preflight, probes, sources, sweep, train
 from ofutils.records import differing
+from ofutils.studies.clipped_softmax_gating import sinks
 from ofutils.studies.moment_updates import follow
 from ofutils.studies.optimizers import mlp
 from ofutils.studies.quant import finetuned
+from ofutils.studies.vit import sinks as vit_sinks
 from ofutils.transformer import Transformer, clm_loss
 from tests import stand_ins
 
@@ -43,8 +45,14 @@ def records_of_03_quant(corpus):
         train.store().write("train", differing(task.config), {"log": log, "diverged": None}, environment)
 
 
-def records_of_04_token_frequency(corpus):
-    write_records(sweep.read_recipe("04_token_frequency", "paper", steps=8, corpus=corpus))
+def records_of_06_clipped_softmax_gating(corpus):
+    draw = random.Random(0)
+    for name in sinks.RECIPES:
+        recipe = sweep.read_recipe(name, "paper", steps=8, seeds=1, corpus=corpus)
+        write_records(recipe)
+        for job in recipe.jobs:
+            found = {kind: {of: draw.random() for of in ("tokens", "attention", "outliers")} for kind in sinks.KINDS}
+            train.store().write("sinks", {"run": differing(job.config)}, found, params.environment())
 
 
 def records_of_07_op_block(corpus):
@@ -61,21 +69,41 @@ def records_of_08_optimizers(corpus):
         train.store().write("mlp", differing(task), {"rows": mlp.fit(small)[1]}, environment)
 
 
+def records_of_10_vit(corpus):
+    """Trained as at scale tiny; the names and the size of the maps are those of `paper`."""
+    tiny = sweep.read_recipe("10_vit", "tiny", steps=8)
+    recipe = sweep.read_recipe("10_vit", "paper", steps=8, seeds=1, corpus="digits")
+    for job, small in zip(recipe.jobs, tiny.jobs, strict=True):
+        outcome, environment = sweep.perform(small), params.environment() | {"corpus": corpus}
+        train.store().write("train", differing(job.config), outcome.run.record["result"], environment)
+        for entry, own in zip(sweep._entries(job), sweep._entries(small), strict=True):
+            train.store().write(*entry, train.store().find(*own)["result"], environment)
+        result = vit_sinks.perform(small)["result"]
+        maps = {kind: [(one * 12)[: job.config.model.context] for one in own] for kind, own in result["maps"].items()}
+        train.store().write("vit", vit_sinks._key(job), result | {"maps": maps}, environment)
+
+
 def records_of_09_moment_updates(corpus):
     x, change = torch.randn(2, 8, 4)
-    per_step = {name: float(one) for name, one in follow.terms(x, change).items()} | {"loss": 4.0}
-    result = {name: [value] * 8 for name, value in per_step.items()} | {"bend": [0.1], "held_out": 4.0}
+    terms = {name: float(one) for name, one in follow.terms(x, change).items()}
+    result = {name: [8 * value] for name, value in terms.items()} | {"loss": [4.0], "bend": [0.1], "held_out": 4.0}
     for order, start in zip("24", map(float, follow.moments(x)), strict=True):
-        change_a_step = sum(value for name, value in per_step.items() if name.startswith(f"u{order}"))
-        result[f"m{order}"] = [start + step * change_a_step for step in range(9)]
+        change_a_step = sum(value for name, value in terms.items() if name.startswith(f"u{order}"))
+        result[f"m{order}"] = [start, start + 8 * change_a_step]
+    result |= {f"{name} / m4": [8 * terms[name] / result["m4"][0]] for name in follow.FOURTH}
     for task in follow.tasks("paper", steps=8, seeds=1, corpus=corpus):
         train.store().write("moments", task.key, result, params.environment() | {"corpus": corpus})
+
+
+def records_of_11_pretraining_data(corpus):
+    write_records(sweep.read_recipe("11_pretraining_data", "paper", steps=20, seeds=1, corpus=corpus))
 
 
 # notebook -> (stand-ins that it loads, its parameters besides scale; CORPUS is a text, what writes its records)
 CORPUS = "{corpus}"
 BERT = "google-bert/bert-base-uncased"
 ROBERTA = "FacebookAI/roberta-base"
+VITS = "google/vit-base-patch16-224", "facebook/deit-small-patch16-224"
 PYTHIA = tuple(f"EleutherAI/pythia-{size}" for size in ("70m", "160m", "410m"))
 ENTRIES = {
     "00_start_here": ((BERT,), {"sentences": 6}, no_records),
@@ -93,12 +121,23 @@ ENTRIES = {
     ),
     "04_token_frequency": (
         (BERT, ROBERTA, "Salesforce/wikitext"),
-        {"steps": 8, "sentences": 6, "counts": "text", "corpus": CORPUS},
-        records_of_04_token_frequency,
+        {"sentences": 6, "counts": "text"},
+        no_records,
+    ),
+    "06_clipped_softmax_gating": (
+        (),
+        {"steps": 8, "seeds": 1, "timed": 1, "corpus": CORPUS},
+        records_of_06_clipped_softmax_gating,
     ),
     "07_op_block": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_07_op_block),
     "08_optimizers": ((), {"steps": 8, "seeds": 2, "corpus": CORPUS}, records_of_08_optimizers),
     "09_moment_updates": ((), {"steps": 8, "seeds": 1, "corpus": CORPUS}, records_of_09_moment_updates),
+    "10_vit": (VITS, {"steps": 8, "seeds": 1, "corpus": "digits", "pictures": 4}, records_of_10_vit),
+    "11_pretraining_data": (
+        (*stand_ins.MULTIBERTS, "facebook/wav2vec2-base", "Salesforce/wikitext"),
+        {"steps": 20, "seeds": 1, "corpus": CORPUS},  # checkpoints up to 20 thousand steps
+        records_of_11_pretraining_data,
+    ),
     "12_beyond": ((BERT,), {"sentences": 6}, no_records),
 }
 # notebook -> models that it is run with once more, by its parameter `model`

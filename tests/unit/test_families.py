@@ -29,6 +29,19 @@ def test_from_hf_equals_the_original(name):
         ours(**long)
 
 
+@pytest.mark.parametrize("name", ["vit", "vit without a head"])
+def test_from_hf_of_a_vit_equals_the_original_at_the_logits_and_at_every_site(name):
+    theirs, batch = build(name), batch_for(name)
+    ours, sited = from_hf(theirs), with_sites(theirs)
+    close(output(ours, batch), output(theirs, batch))
+    common = sorted(ours.sites().keys() & sited.sites().keys())
+    assert {"embed_tokens", "embed_sum", "blocks.1.probs", "blocks.1.v", "blocks.1.resid_post"} <= {*common}
+    with torch.no_grad(), capture(ours, common) as here, capture(sited, common) as there:
+        ours(**batch), sited(**batch)
+    for site in common:
+        close(here[site], there[site])
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_from_hf_equals_the_original_at_every_token_of_a_padded_batch(name, side):
@@ -305,6 +318,8 @@ def test_unknown_models_are_one_clear_line():
     with pytest.raises(UserError, match=f"no table of sites for T5Model; {known}"):
         config = transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
         with_sites(transformers.T5Model(config))
+    with pytest.raises(UserError, match="no table of sites for Wav2Vec2Model"):
+        with_sites(build("wav2vec2 without a head", do_stable_layer_norm=True))
     ours = from_hf(build("opt"))
     assert with_sites(ours) is ours
     model = build("vit")

@@ -73,7 +73,7 @@ def test_no_study_imports_another_and_each_belongs_to_a_notebook():
 
 
 def test_the_core_and_the_studies_stay_small():
-    assert sum(map(lines, ROOMS)) <= 4500
+    assert sum(map(lines, ROOMS)) <= 4750
     for study, paths in STUDIES.items():
         assert sum(map(lines, paths)) <= 450, study
 

@@ -157,7 +157,7 @@ def test_a_parquet_file_of_images_is_trained_on(out, tmp_path):
     [
         (lambda path: None, "FileNotFoundError"),
         (lambda path: path.write_text("no parquet"), "Parquet"),
-        (lambda path: write(path, [png(np.zeros((2, 2), np.uint8))], [0], "image"), "img"),
+        (lambda path: write(path, [png(np.zeros((2, 2), np.uint8))], [0], "picture"), "img"),
         (lambda path: write(path, [b"no image"], [0]), "cannot identify image"),
         (lambda path: write(path, [png(np.zeros((n, 2), np.uint8)) for n in (2, 3)], [0, 1]), "same shape"),
         (lambda path: write(path, [png(np.zeros((2, 2), np.uint8))], [-1]), "out of bounds"),

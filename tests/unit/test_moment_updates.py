@@ -64,14 +64,14 @@ def followed(out):
 def test_following_changes_nothing_in_the_training(followed):
     task, record = followed
     log = train.train(CONFIG).log
-    assert record["result"]["loss"] == [entry["train_loss"] for entry in log]
+    assert record["result"]["loss"] == [log[step]["train_loss"] for step in (0, 10)]
     assert record["result"]["held_out"] == log[-1]["loss"]
 
 
 def test_the_terms_of_all_steps_sum_to_the_change_over_the_training(followed):
     task, record = followed
     result = record["result"]
-    assert len(result["m4"]) == CONFIG.steps + 1 == len(result["u41"]) + 1
+    assert len(result["m4"]) == 3 == len(result["u41"]) + 1
     assert growth.residual([task], [record]) < 1e-12
     steps = growth.over_training([task], [record])
     assert steps["step"].tolist() == [0, 10, 12]

@@ -11,6 +11,7 @@ from ofutils.studies.bert_outliers import tasks
 from tests import stand_ins
 
 BERT, PYTHIA, GLUE = "google-bert/bert-base-uncased", "EleutherAI/pythia-70m", "nyu-mll/glue"
+MULTIBERTS = (0, 20, 40, 80, 160, 400, 1000, 2000)  # thousands of steps
 OPT = "facebook/opt-1.3b"
 
 
@@ -56,7 +57,9 @@ def test_everything_of_scale_paper_is_wanted_once():
     others = {name for name, revision in models if revision == "main"}
     assert others == {
         *(BERT, "FacebookAI/roberta-base", hub.MINILM),
-        *("openai-community/gpt2", "google/vit-base-patch16-224-in21k", OPT),
+        *("openai-community/gpt2", "google/vit-base-patch16-224-in21k", "facebook/wav2vec2-base", OPT),
+        *("google/vit-base-patch16-224", "facebook/deit-small-patch16-224"),
+        *(f"google/multiberts-seed_{seed}-step_{step}k" for seed in range(3) for step in MULTIBERTS),
     }
     tables = {(name, file) for name, _, file in wanted if file}
     of_tasks = {(task, split) for task, one in tasks.TASKS.items() for split in ("train", *one.splits)}
@@ -64,13 +67,14 @@ def test_everything_of_scale_paper_is_wanted_once():
     wikitext = {
         ("Salesforce/wikitext", f"wikitext-2-raw-v1/{split}/0000.parquet") for split in ("test", "validation")
     }
-    assert tables == of_glue | wikitext and len(wanted) == len(models) + len(tables) == 60 + 6 + 17 + 2
+    assert tables == of_glue | wikitext and len(wanted) == len(models) + len(tables) == 60 + 9 + 24 + 17 + 2
 
 
 def test_a_tokenizer_is_wanted_where_one_is_read():
     wanted = preflight.wanted("paper")
     assert [name for (name, _, _), tokenizer in wanted.items() if tokenizer] == [
-        *(BERT, PYTHIA, "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "FacebookAI/roberta-base", OPT)
+        *(BERT, PYTHIA, "EleutherAI/pythia-160m", "EleutherAI/pythia-410m", "FacebookAI/roberta-base", OPT),
+        *(f"google/multiberts-seed_{seed}-step_0k" for seed in range(3)),
     ]
     assert wanted["FacebookAI/roberta-base", "main", ""] and not preflight.wanted("paper", "02_bert_outliers").get(
         ("FacebookAI/roberta-base", "main", "")
@@ -102,13 +106,13 @@ def test_all_of_it_has_a_stand_in():
 
 def test_what_is_there_is_listed_without_being_fetched(complete, capsys, tmp_path):
     lines, failed = printed(capsys)
-    assert failed is None and len(lines) == 86
+    assert failed is None and len(lines) == 113
     assert f"{BERT}, revision main: safetensors, 4.2 MB, not cached" in lines
     assert f"{PYTHIA}, revision step4: safetensors, 2.8 MB, not cached" in lines  # no tokenizer is read there
-    assert lines[-1].startswith("85 of 85 are there, 0.19 GB, 0.00 GB of them cached")
+    assert lines[-1].startswith("112 of 112 are there, 0.27 GB, 0.00 GB of them cached")
     assert all(path.startswith("api/") for _, path, _ in complete.asked) and not (tmp_path / "home").exists()
     of_revisions = [path for _, path, _ in complete.asked if "/revision/" in path]
-    assert len(of_revisions) == 60 + 6 + 2  # one each, whatever is read of it
+    assert len(of_revisions) == 60 + 9 + 24 + 2  # one each, whatever is read of it
 
 
 def without(file, revision="main"):
@@ -150,8 +154,8 @@ def test_what_was_taken_away_is_named(taken, complete, capsys):
     lines, failed = printed(capsys)
     (missing,) = [line for line in lines if line.startswith("missing: ")]
     assert name in missing and message in missing
-    assert failed == f"1 of 85 are missing, e.g. {missing.removeprefix('missing: ')}"
-    assert lines[-1].startswith("84 of 85 are there")
+    assert failed == f"1 of 112 are missing, e.g. {missing.removeprefix('missing: ')}"
+    assert lines[-1].startswith("111 of 112 are there")
 
 
 def test_a_data_set_that_is_gone_is_named_by_each_of_its_files(complete, capsys):

@@ -34,7 +34,7 @@ def test_every_preset_can_be_built(setting, reading, block):
         regulated = config.model.attention.qk_norm != "none" or config.model.attention.tanh_cap > 0
         assert config.model.residual_gain < 1 and regulated is ("no EntReg" not in block)
     own = {name.split(".")[-2] for name, _ in model.named_parameters() if "norm" in name} - {"q_norm", "k_norm"}
-    kept = "final LN" in block or (op and reading == "release")
+    kept = "final LN" in block or (setting == "CodeParrot" and reading == "release")
     assert not op or own == ({"norm_final"} if kept else set())
 
 
@@ -52,10 +52,12 @@ def test_no_two_presets_are_the_same_run():
         ("Languini-1.2B", 1200, 50),
         ("FineWeb-7B", 7000, 500),
         ("OPT-125m", 125, 1.5),  # 2048 positions there, 512 here
+        ("BERT-base", 110, 1),
     ],
 )
 def test_presets_have_the_papers_number_of_parameters(setting, millions, tolerance):
-    for block in ("OP", next(iter(presets.table()[setting]["paper"]["blocks"]))):
+    blocks = presets.table()[setting]["paper"]["blocks"]
+    for block in {"OP", next(iter(blocks))} & {*blocks}:
         assert size(on_meta(preset(setting, block))) / 1e6 == pytest.approx(millions, abs=tolerance)
 
 
@@ -86,6 +88,37 @@ def test_the_release_departs_from_the_paper_as_documented():
     assert preset("CodeParrot", "OP, tanh", "release").model.attention.tanh_cap == 30
 
 
+def test_bondarenkos_release_departs_from_its_paper_as_documented():
+    """Its sizes as its own code builds them, but for positions: 514 and 1026 there, 512 here."""
+    assert size(on_meta(preset("OPT-125m", "Pre-LN", "release"))) == 124_059_648 - 2 * 768
+    assert (size(on_meta(preset("OPT-350m", "Pre-LN", "release"))) + 514 * 1024) / 1e6 == pytest.approx(
+        343.5, abs=0.05
+    )
+    assert preset("OPT-1.3B", "Pre-LN", "release").model.embedding.width == 768
+    gates = {reading: preset("BERT-base", "Gated attention", reading) for reading in ("paper", "release")}
+    hidden = {reading: config.model.attention.gate_hidden for reading, config in gates.items()}
+    assert hidden == {"paper": 4, "release": 16}
+    without = size(on_meta(preset("BERT-base", "Post-LN", "release")))
+    assert size(on_meta(gates["release"])) - without == 12 * 12_684
+
+
+@pytest.mark.parametrize(("setting", "linear"), [("OPT-125m", "q k v attn_out"), ("BERT-base", "q k v")])
+def test_attention_starts_as_the_release_leaves_it(setting, linear):
+    model = Transformer(preset(setting, "Clipped softmax", "release", model={"layers": 1, "vocab": 100}).model)
+    named = dict(model.blocks[0].named_modules())
+    for name in ("q", "k", "v", "attn_out"):
+        matrix = named[f"attention.{name}"]
+        if name in linear.split():
+            assert float(matrix.weight.std()) == pytest.approx(
+                768**-0.5 / 3**0.5, rel=0.01
+            )  # uniform within 1 / sqrt(768)
+            assert 0.9 * 768**-0.5 < matrix.bias.abs().max() <= 768**-0.5
+        else:
+            assert (
+                float(matrix.weight.std()) == pytest.approx(model.config.init_std, rel=0.01) and not matrix.bias.any()
+            )
+
+
 def test_changes_win_and_the_text_must_be_named(out):
     config = preset("CodeParrot", "OP", model={"layers": 2, "width": 48}, steps=3, warmup=1)
     assert (config.model.layers, config.model.width, config.model.residual_gain, config.steps) == (2, 48, 0.3, 3)
@@ -98,7 +131,7 @@ def test_changes_win_and_the_text_must_be_named(out):
     [
         (("Codeparrot", "OP"), "unknown setting 'Codeparrot' .did you mean 'CodeParrot'"),
         (("CodeParrot", "pre-LN"), "unknown block of CodeParrot 'pre-LN' .did you mean 'Pre-LN'"),
-        (("OPT-125m", "OP", "release"), "unknown reading of OPT-125m 'release'; known: paper"),
+        (("FineWeb-7B", "OP", "release"), "unknown reading of FineWeb-7B 'release'; known: paper"),
     ],
 )
 def test_unknown_presets_are_one_clear_line(asked, message):

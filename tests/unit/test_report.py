@@ -102,3 +102,26 @@ def test_the_command_writes_the_readme_once(tmp_path, monkeypatch, capsys):
         report.main(["--root", "x"])
     report.main(["--help"])
     assert "python -m ofutils.report" in capsys.readouterr().out
+
+
+def test_the_answer_counts_claims_and_comparisons_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(report.params, "root", lambda: tmp_path)
+    with pytest.raises(UserError, match="figures/03_quant: .*verdicts.json.*; execute 03_quant again"):
+        report.answer("03_quant")
+    beside = [reference.compare(f"ours {n}", [n, n, n], 1.5, reference.NO_NUMBER) for n in (1.0, 2.0)]
+    save(tmp_path, [reference.compare("it saves", [0.5, 0.6, 0.7], 0.4, "none", id=ID), *beside])
+    said = "Scale gpu: of 1 claim, 1 holds; beside them of 2 comparisons, 1 holds, 1 does not hold."
+    assert report.answer("03_quant") == said
+
+
+def test_recorded_tables_are_of_one_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(report.params, "root", lambda: tmp_path)
+    folder = tmp_path / "figures" / "03_quant"
+    folder.mkdir(parents=True)
+    for name, scale in (("one", "small"), ("two", "small"), ("other", "gpu")):
+        (folder / f"{name}.json").write_text(json.dumps({"scale": scale, "model": name}))
+        pd.DataFrame({"x": [name]}).to_csv(folder / f"{name}.csv", index=False)
+    about, *tables = report.recorded("03_quant", "one", "two")
+    assert about == {"scale": "small", "model": "one"} and [t["x"].item() for t in tables] == ["one", "two"]
+    with pytest.raises(UserError, match="03_quant: one, other are of scales gpu and small"):
+        report.recorded("03_quant", "one", "other")

@@ -4,8 +4,9 @@ he2024's Appendix F: one input before and after a step, X and X + D; kurtosis is
 by sums of terms of first to fourth order in D. Here the input is the same at every step, held-out text, so that the
 changes of all steps add up to the change over the training.
 
-    python -m ofutils.studies.moment_updates.follow --scale gpu    trains what has no record yet, at a scale of
-                                                                   07_op_block; adds to figures/records
+    python -m ofutils.studies.moment_updates.follow --scale gpu     trains what has no record yet, at a scale of
+                                                                    07_op_block; adds to figures/records
+    python -m ofutils.studies.moment_updates.follow --laboratory    the same of the laboratory's models
     flags: --scale, --steps, --seeds, --corpus, --workers
 """
 
@@ -24,7 +25,8 @@ from ofutils.transformer import clm_loss
 
 #: What is followed: the stream that enters the second block's attention, as in the paper.
 SITE = "blocks.1.resid_pre"
-TERMS = ("u21", "u22", "u41", "u42", "u43", "u44")
+FOURTH = ("u41", "u42", "u43", "u44")
+TERMS = ("u21", "u22", *FOURTH)
 #: Method -> method of 07_op_block, and what of its training is another; `lr` is a factor.
 METHODS = {
     "Pre-LN": ("Pre-LN", {}),
@@ -37,7 +39,7 @@ METHODS = {
 #: The first of the betas (SGD: the momentum).
 MOMENTA = (0.0, 0.9)
 BETA2 = 0.95
-BENT = 10  # steps between two looks at how far the change of the activation is from linear in the weights' change
+EVERY = 10  # steps whose terms are summed into one entry of a record
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +91,7 @@ class Task:
     method: str
     momentum: float
     config: train.TrainConfig
+    every: int = EVERY
 
     @property
     def label(self) -> str:
@@ -98,7 +101,7 @@ class Task:
     @property
     def key(self) -> dict:
         """What the record is filed under."""
-        return {"run": differing(self.config), "site": SITE}
+        return {"run": differing(self.config), "site": SITE, "every": self.every}
 
 
 def tasks(scale: str, steps: int = 0, seeds: int = 0, corpus: str = "") -> list[Task]:
@@ -124,6 +127,13 @@ def tasks(scale: str, steps: int = 0, seeds: int = 0, corpus: str = "") -> list[
     return wanted
 
 
+def in_the_laboratory() -> list[Task]:
+    """The same of the laboratory's models, of two layers, at the laboratory's second beta."""
+    jobs = sweep.read_recipe("09_moment_updates_lab", "small").jobs
+    configs = ((job.method, replace(job.config, betas=(one, job.config.betas[1]))) for job in jobs for one in MOMENTA)
+    return [Task(method, config.betas[0], config, every=10 * EVERY) for method, config in configs]
+
+
 def recall(task: Task) -> dict | None:
     """The record of a task, if it is there."""
     return train.store().find("moments", task.key)
@@ -133,9 +143,11 @@ def perform(task: Task, report=lambda step, loss: None) -> dict:
     """Train, and record what each step did; or recall it.
 
     Returns:
-        A record whose result has, per step: `m2` and `m4` (before the step, and once more after the last), `TERMS`,
-        `loss` (of the batch, nats); `bend`, at every `BENT`-th step: |D - 2 D'| / |D|, where D' is the change of the
-        activation by half of the step, 0 if D is linear in it; and `held_out`, the loss at the end (nats).
+        A record whose result has `m2` and `m4` before every `task.every`-th step and after the last; and of the steps
+        between two of these places: `TERMS`, their sums; `u41 / m4` ... `u44 / m4`, the sums of each step's term over
+        the m4 that it met; `loss` of the batch (nats) and `bend`, of the first of them: |D - 2 D'| / |D|, where D' is
+        the change of the activation by half of the step, 0 if D is linear in it. And `held_out`, the loss at the end
+        (nats).
     """
     if known := recall(task):
         return known
@@ -144,24 +156,30 @@ def perform(task: Task, report=lambda step, loss: None) -> dict:
     loop = train.prepare(config, tokens, accelerator)
     drawn = fixed_batches(tokens.validation, config.eval_batches, config.batch, config.model.context)
     rows = drawn[0].to(accelerator.device)
-    result = {name: [] for name in ("m2", "m4", *TERMS, "loss", "bend")}
+    summed = (*TERMS, *(f"{name} / m4" for name in FOURTH))
+    result = {name: [] for name in ("m2", "m4", "loss", "bend", *summed)}
     torch.set_flush_denormal(True)  # as `train` does
     try:
         before = _activation(loop, rows)
         for step in range(config.steps):
-            looks = step % BENT == 0
+            m2, m4 = moments(before)
+            looks = step % task.every == 0
             old = {name: one.detach().clone() for name, one in loop.model.named_parameters()} if looks else {}
             loss = float(loop.step(step))
             params.require(isfinite(loss), f"the loss is not finite after step {step + 1}")
             change = _activation(loop, rows) - before
-            found = dict(zip(("m2", "m4"), moments(before), strict=True)) | terms(before, change)
             if looks:
                 half = {name: one.detach().lerp(old[name], 0.5) for name, one in loop.model.named_parameters()}
-                bend = change - 2 * (_activation(loop, rows, half) - before)
-                found["bend"] = bend.norm() / change.norm().clamp_min(torch.finfo(change.dtype).tiny)
+                bent = change - 2 * (_activation(loop, rows, half) - before)
+                bend = bent.norm() / change.norm().clamp_min(torch.finfo(change.dtype).tiny)
+                for name, value in {"m2": m2, "m4": m4, "loss": loss, "bend": bend}.items():
+                    result[name].append(float(value))
+                for name in summed:
+                    result[name].append(0.0)
                 report(step, loss)
-            for name, value in (found | {"loss": loss}).items():
-                result[name].append(float(value))
+            found = terms(before, change)
+            for name, value in (found | {f"{name} / m4": found[name] / m4 for name in FOURTH}).items():
+                result[name][-1] += float(value)
             before = before + change
     finally:
         torch.set_flush_denormal(False)
@@ -194,6 +212,7 @@ class Command:
     """Flags of `python -m ofutils.studies.moment_updates.follow`."""
 
     scale: str = "auto"
+    laboratory: bool = False
     steps: params.Natural = 0
     seeds: params.Natural = 0
     corpus: str = ""
@@ -206,12 +225,15 @@ def main(arguments: list[str]) -> None:
         return print(__doc__)
     command = params.read(Command, arguments)
     scale, why = params.resolve_scale(command.scale)
-    wanted = tasks(scale, command.steps, command.seeds, command.corpus)
+    own = command.steps, command.seeds, command.corpus
+    params.require(not (command.laboratory and any(own)), "--laboratory takes no steps, seeds or corpus")
+    wanted = in_the_laboratory() if command.laboratory else tasks(scale, *own)
+    scale, name = ("small", "09_moment_updates_lab") if command.laboratory else (scale, "09_moment_updates")
     workers = None if command.workers < 0 else command.workers
     print(f"scale {scale} ({why}): {len(wanted)} runs")
     for task, record in zip(wanted, run(scale, wanted, workers), strict=True):
         print(f"{task.label}: loss {record['result']['held_out']:.4f}")
-    print("records written to", train.store().export([*map(recall, wanted)], f"09_moment_updates.{scale}"))
+    print("records written to", train.store().export([*map(recall, wanted)], f"{name}.{scale}"))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ofutils import plots
-from ofutils.studies.moment_updates.follow import BENT, MOMENTA, TERMS, Task
+from ofutils.studies.moment_updates.follow import FOURTH, MOMENTA, TERMS, Task
 
-FOURTH = ("u41", "u42", "u43", "u44")
 #: A colour belongs to a method, and one to a term, in all figures.
 COLORS = {
     "Pre-LN": "#000000",
@@ -24,7 +23,7 @@ _ORDER_COLORS = dict(zip(_ORDERS.values(), ("#0072B2", "#D55E00", "#999999", "#5
 
 
 def over_training(tasks: list[Task], records: list[dict]) -> pd.DataFrame:
-    """One row per run and `BENT` steps.
+    """One row per run and `every` steps of its task.
 
     Returns:
         method; momentum; seed; `step`, how many were taken; `m2`, `m4`, `kurtosis` (less 1) then; the `TERMS` of all
@@ -34,23 +33,19 @@ def over_training(tasks: list[Task], records: list[dict]) -> pd.DataFrame:
     rows = []
     for task, record in zip(tasks, records, strict=True):
         found = {name: np.array(values) for name, values in record["result"].items() if name != "held_out"}
-        m2, m4, steps = found["m2"], found["m4"], len(found["loss"])
-        at = np.unique([*range(0, steps, BENT), steps])
-        own = {"step": at, "m2": m2[at], "m4": m4[at], "kurtosis": m4[at] / m2[at] ** 2 - 1}
-        for name in TERMS:
-            own[name] = _until(found[name], at)
-        for name in FOURTH:
-            own[f"share of {name}"] = _until(found[name] / m4[:-1], at)
-        own["bend"] = np.append(found["bend"], np.nan)
-        own["loss"] = np.append(found["loss"], np.nan)[at]
+        m2, m4, steps = found["m2"], found["m4"], task.config.steps
+        own = {"step": [*range(0, steps, task.every), steps], "m2": m2, "m4": m4, "kurtosis": m4 / m2**2 - 1}
+        own |= {name: _until(found[name]) for name in TERMS}
+        own |= {f"share of {name}": _until(found[f"{name} / m4"]) for name in FOURTH}
+        own |= {name: np.append(found[name], np.nan) for name in ("bend", "loss")}
         about = {"method": task.method, "momentum": task.momentum, "seed": task.config.seed}
         rows.append(pd.DataFrame(about | own))
     return pd.concat(rows, ignore_index=True)
 
 
-def _until(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+def _until(values: np.ndarray) -> np.ndarray:
     """The sum of all values before each place."""
-    return np.append(0.0, values.cumsum())[at]
+    return np.append(0.0, values.cumsum())
 
 
 def residual(tasks: list[Task], records: list[dict]) -> float:
@@ -90,26 +85,28 @@ def table(steps: pd.DataFrame, tasks: list[Task], records: list[dict]) -> pd.Dat
     return pd.DataFrame(rows)
 
 
-def claims(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series, str, bool]]:
+def claims(runs: pd.DataFrame, place: str = "") -> list[tuple[str, str, pd.Series, str, bool]]:
     """What is judged: id of the claim, sentence, one value for each seed, the parameter that holds its margin, ratio.
 
     Args:
         runs: from `table`.
+        place: "laboratory" for its models.
     """
     plain, with_momentum = (runs[runs["momentum"] == one].pivot(index="seed", columns="method") for one in MOMENTA)
     share = "Pre-LN, {} momentum: share of {} among the terms of the fourth moment, summed over training"
-    first = (
+    found = [
         ("quadratic", share.format("no", "u42"), plain["u42"]["Pre-LN"].abs(), "dominates", False),
         ("higher", "Pre-LN, no momentum: u42 over |u43| + |u44|", plain["higher"]["Pre-LN"], "negligible", True),
         ("momentum", share.format("with", "u41"), with_momentum["u41"]["Pre-LN"].abs(), "dominates", False),
-    )
-    found = [(f"he2024-moment-{id}", *rest) for id, *rest in first]
-    short = {"op": "OP", "eps": "Pre-LN, eps 1e-4", "rate": "Pre-LN, rate x 0.3", "soap": "Pre-LN, SOAP"}
-    for id, method in (short | {"": "Pre-LN, SGD"}).items():
+    ]
+    short = {"OP": "op", "Pre-LN, eps 1e-4": "eps", "Pre-LN, rate x 0.3": "rate", "Pre-LN, SOAP": "soap"}
+    for method in [one for one in dict.fromkeys(runs["method"]) if one != "Pre-LN"]:
         text = f"no momentum: u42 / m4 summed over training, Pre-LN's over that of {method}"
-        values = plain["pushed"]["Pre-LN"] / plain["pushed"][method]
-        found.append((f"he2024-moment-{id}" if id else "", text, values, "higher", True))
-    return found
+        found.append(
+            (short.get(method, ""), text, plain["pushed"]["Pre-LN"] / plain["pushed"][method], "higher", True)
+        )
+    start, said = ("he2024-lab-moment-", f"{place}: ") if place else ("he2024-moment-", "")
+    return [(f"{start}{id}" if id else "", f"{said}{text}", *rest) for id, text, *rest in found]
 
 
 def overview(steps: pd.DataFrame, runs: pd.DataFrame, title: str) -> Figure:
@@ -154,7 +151,7 @@ def panels(steps: pd.DataFrame, momentum: float, title: str, per_step: bool = Fa
     Args:
         steps: from `over_training`.
         momentum: one of `MOMENTA`.
-        per_step: the mean of the last `BENT` steps instead of the sum of all.
+        per_step: the mean of the steps since the row before instead of the sum of all.
     """
     own = steps[steps["momentum"] == momentum]
     methods = list(dict.fromkeys(own["method"]))
@@ -164,7 +161,8 @@ def panels(steps: pd.DataFrame, momentum: float, title: str, per_step: bool = Fa
         shares = rows.melt(["seed", "step"], [f"share of {name}" for name in FOURTH], "term", "share")
         shares["term"] = shares["term"].str.removeprefix("share of ").map(_ORDERS)
         if per_step:
-            shares["share"] = shares.groupby(["seed", "term"])["share"].diff() / BENT
+            since = shares.groupby(["seed", "term"])[["share", "step"]].diff()
+            shares["share"] = since["share"] / since["step"]
         style = {"x": "step", "hue": "term", "palette": _ORDER_COLORS, "ax": upper}
         sns.lineplot(shares, y="share", units="seed", estimator=None, lw=0.5, alpha=0.5, legend=False, **style)
         sns.lineplot(shares, y="share", estimator="median", errorbar=None, lw=1.8, **style)

@@ -5,7 +5,7 @@ import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ofutils import plots
+from ofutils import plots, trajectories
 
 #: Norms dark, gains grey, forms of the OP block bright.
 COLORS = {
@@ -42,6 +42,24 @@ WEAK = {
     "value gain 0.3": "#0072B2",
     "value gain 0.1": "#56B4E9",
 }
+
+
+def forms(steps: pd.DataFrame, column: str, label: str, title: str) -> Figure:
+    """A number over training, the largest over blocks: norms one at a time, and each way to weaken a branch.
+
+    Args:
+        steps: from `trajectories.layers`, with the methods of PATH and WEAK.
+        column: of it; `scale` is drawn on a logarithmic axis.
+        label: of the vertical axis.
+    """
+    kinds = dict.fromkeys(PATH, "norms one at a time") | {one: one.split()[0] for one in WEAK}
+    kinds |= {"LayerScale 0.1": "gains"}
+    inner = steps[(steps["block"] != "out") & steps["method"].isin(kinds)]
+    most = inner.groupby(["method", "seed", "step"], sort=False)[column].max().reset_index()
+    most["kind"] = most["method"].map(kinds)
+    fig = trajectories.small_multiples(most, column, label, title, PATH | WEAK, column == "scale", "kind")
+    fig.set_figheight(4.6)  # the legend is long
+    return fig
 
 
 def overview(runs: pd.DataFrame, steps: pd.DataFrame, forms: pd.DataFrame, title: str) -> Figure:

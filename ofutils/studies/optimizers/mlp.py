@@ -9,12 +9,10 @@ biases, no norm before the last layer, a loss that is the mean over classes too,
 are no wider than the stream: 15M parameters allow no more.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from io import BytesIO
 from typing import Literal
 
 import numpy as np
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ofutils import UserError, params, pool, sweep, train
+from ofutils import images, params, pool, sweep, train
 from ofutils.layers import make_norm
 from ofutils.records import differing, warn_of_other_corpus
 from ofutils.resume import log_spaced
@@ -105,26 +103,10 @@ def choose(runs: pd.DataFrame) -> dict[tuple[str, str], float]:
     return {one: float(own[own["loss"] <= own["loss"].min() + math.log(1.5)]["lr"].max()) for one, own in groups}
 
 
-@lru_cache(maxsize=2)
-def load(images: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """Pixels (N, P), labels (N,) and the sha256 of both; see `Task.images`.
-
-    Raises:
-        UserError: a file that is not there, is no parquet or lacks a column; a row without an image like the first.
-    """
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    if images == "digits":
-        pixels, labels = load_digits(return_X_y=True)
-    else:
-        try:
-            rows = pd.read_parquet(images, columns=["img", "label"])
-            pixels = np.stack([np.asarray(Image.open(BytesIO(one["bytes"]))).ravel() for one in rows["img"]])
-            labels = np.array(rows["label"].tolist(), dtype=np.uint8)
-        except (OSError, ValueError, TypeError, LookupError, SyntaxError, OverflowError) as error:
-            raise UserError(f"images {images!r}: needs parquet of img (with bytes) and label: {error!r}") from error
-    return pixels, labels, hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
+def load(source: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """Pixels (N, P), labels (N,) and the sha256 of both; see `images.read`."""
+    pixels, labels, sha256 = images.read(source)
+    return pixels.reshape(len(pixels), -1), labels, sha256
 
 
 @lru_cache(maxsize=2)
