@@ -108,7 +108,7 @@ def test_what_is_there_is_listed_without_being_fetched(complete, capsys, tmp_pat
     assert lines[-1].startswith("86 of 86 are there, 0.19 GB, 0.00 GB of them cached")
     assert all(path.startswith("api/") for _, path, _ in complete.asked) and not (tmp_path / "home").exists()
     of_revisions = [path for _, path, _ in complete.asked if "/revision/" in path]
-    assert len(of_revisions) == 60 + 5 + 2  # one each, whatever is read of it
+    assert len(of_revisions) == 60 + 7 + 2  # one each, whatever is read of it
 
 
 def without(file, revision="main"):
