@@ -165,7 +165,7 @@ def of_tables(rows: pd.DataFrame, tail: float, blame: float) -> list[Judged]:
     """What bondarenko2023 says of its Tables 2, 3, 6 and 10, like for like: norm gains decayed in both or in neither.
 
     Args:
-        rows: from `tidy`. Of calibrations the median counts; what is said of a method that is not there is left out.
+        rows: from `tidy`. Of calibrations the median counts. Of methods that are not there nothing has values.
         tail, blame: as in `of_methods`.
     """
     costs = rows.pivot_table("cost", "seed", ["setting", "method"], "median", dropna=False)
@@ -178,19 +178,19 @@ def of_tables(rows: pd.DataFrame, tail: float, blame: float) -> list[Judged]:
         said = f"{theirs.corr('spearman').iloc[0, 1]:.3g} ({_B}, the same rows)"
         text = f"over {len(there)} rows of Tables 3 and 6, the rank correlation of {column} and W8A8 cost is"
         found.append((f"{_B}-{name}-ranks-w8a8", text, ours, "rank_margin", said, "", False))
-    for name, text, formula, one, method, other, vanilla, rule, item in (
-        x for x in _SAID if {x[4], x[6]} <= {*there}
-    ):
+    for name, text, formula, one, method, other, vanilla, rule, item in _SAID:
         pairs = (one, method), (other, vanilla)
-        ours = [(costs if column[0] == "W" else wide)[column][of] for column, of in pairs]
         like = [
             (_B, item, of.partition(",")[0]) if item == _T10 else ROWS[of] for _, of in pairs
         ]  # Table 10 is BERT's
         theirs = [_number(column, *row) for (column, _), row in zip(pairs, like, strict=True)]
-        why = _none(wide, vanilla, tail) if rule == "factor" else ""
-        why = _innocent(costs, vanilla, blame) if rule.startswith("share") else why
         said = f"{_FORMULAS[formula](*theirs):.3g} ({_B}, {item})"
-        found.append((f"{_B}-{name}", text, _FORMULAS[formula](*ours), rule, said, why, rule in ("factor", "higher")))
+        judged, why = pd.Series(dtype=float), "such a model is not trained here"
+        if {method, vanilla} <= {*there}:
+            judged = _FORMULAS[formula](*((costs if column[0] == "W" else wide)[column][of] for column, of in pairs))
+            why = _none(wide, vanilla, tail) if rule == "factor" else ""
+            why = _innocent(costs, vanilla, blame) if rule.startswith("share") else why
+        found.append((f"{_B}-{name}", text, judged, rule, said, why, rule in ("factor", "higher")))
     return found
 
 
