@@ -93,6 +93,6 @@ def test_every_verdict_follows_from_its_values_margin_and_ratio(path):
             row["claim"], values, row["margin"], row["paper"], "" if own else reason, row["ratio"], row["id"]
         )
         assert again.verdict == row["verdict"], row["claim"]
-        if row["n"] > 1 and reason != "not every seed gave a number":
+        if row["n"] > 1 and reason != "not every seed gave a number" and "nan" not in row["values"].split():
             found = [float(row[name]) for name in ("low", "ours", "high")]
             assert [again.low, again.mean, again.high] == pytest.approx(found, rel=1e-4), row["claim"]

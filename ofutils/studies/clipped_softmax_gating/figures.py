@@ -17,6 +17,8 @@ COLORS = {
     "clipped softmax": "#E69F00",
     "row-aware clipped softmax": "#D55E00",
     "clipped softmax, alpha 0.64": "#F5D78E",
+    "clipped softmax, released start": "#B87C00",
+    "vanilla, released start": "#7F7F7F",
     "gated attention": "#0072B2",
     "gate, MLP": "#56B4E9",
     "gate, all heads": "#004B78",
