@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from ofutils import UserError, hub, sweep, train
+from ofutils import UserError, hub, records, sweep, train
 from ofutils.quant import QuantSettings
 from ofutils.sweep import Evaluation, Job
 from ofutils.train import Published
@@ -295,3 +295,17 @@ def test_a_scale_can_have_sizes_of_its_own(scale):
     sizes = [sum(p.numel() for p in Transformer(job.config.model).parameters()) for job in recipe.jobs[:3]]
     assert [job.method for job in recipe.jobs[:3]] == ["S", "M", "L"] and sizes == sorted(sizes)
     assert all(job.config.model.parallel and job.checkpoints[-1] == job.config.steps for job in recipe.jobs)
+
+
+def test_committed_files_are_read_once_however_many_there_are(tmp_path, monkeypatch):
+    store, read = records.Store(tmp_path / "runs", tmp_path / "committed"), []
+    (tmp_path / "committed").mkdir()
+    for number in range(40):
+        one = store.write("kind", {"n": number}, {"x": number}, {})
+        store.export([one], f"file-{number}")
+        store.path("kind", {"n": number}).unlink()
+    records._read_lines.cache_clear()
+    parse = records._parse
+    monkeypatch.setattr(records, "_parse", lambda *given: read.append(given) or parse(*given))
+    assert [store.find("kind", {"n": number})["result"]["x"] for number in (0, 39, 7)] == [0, 39, 7]
+    assert len(read) == 40
