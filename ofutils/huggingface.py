@@ -41,7 +41,8 @@ def apply(model, attention: AttentionConfig):
 
     Args:
         model: BERT, RoBERTa, OPT, GPT-2, GPT-NeoX, Llama, Qwen2, Qwen3 or ViT, with any head or none.
-        attention: all but `qk_norm`, `value_skip` and `value_gain`, which transformers leaves no place for.
+        attention: all but `qk_norm`, `value_skip`, `value_gain`, which transformers leaves no place for, and
+            `linear_init`, since the model has begun.
 
     Returns:
         The model. Its `output_attentions` are `attention.probabilities`; at the sites of `families.with_sites` what
@@ -105,8 +106,9 @@ def _parts(model, own: AttentionConfig) -> dict[str, nn.Module]:
     config, kind = model.config, type(model).__name__
     params.require(config.model_type in SITES, f"no attention for {kind}; known: {', '.join(SITES)}")
     params.require(not getattr(config, "add_cross_attention", False), f"no attention for {kind} with cross attention")
-    lacking = own.qk_norm != "none" or own.value_skip or own.value_gain != 1
-    params.require(not lacking, "qk_norm, value_skip and value_gain have no place in a model of transformers")
+    lacking = own.qk_norm != "none" or own.value_skip or own.value_gain != 1 or own.linear_init
+    said = "qk_norm, value_skip, value_gain and linear_init have no place in a model of transformers"
+    params.require(not lacking, said)
     path, heads, parts = SITES[config.model_type]["blocks.*.probs"][0], config.num_attention_heads, {}
     for layer in range(config.num_hidden_layers):
         part, place = nn.Module(), path.replace("*", str(layer))

@@ -10,7 +10,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -107,7 +107,7 @@ class Store:
         return path
 
 
-@cache
+@lru_cache(maxsize=128)  # well above the number of files, or each look reads all of them again
 def _read_lines(path: Path, _changed: int) -> dict[str, dict]:
     records = [_parse(line, path) for line in path.read_bytes().splitlines() if line.strip()]
     return {record["name"]: record for record in records}

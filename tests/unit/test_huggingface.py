@@ -29,7 +29,7 @@ FORMS = {
     "sigmoid by row": {"sigmoid": True, "row_aware": True},
     "cap, sigmoid": {"tanh_cap": 0.5, "sigmoid": True},
 }
-REFUSED = {"qk_norm": "rmsnorm", "value_skip": 0.5, "value_gain": 0.5}
+REFUSED = {"qk_norm": "rmsnorm", "value_skip": 0.5, "value_gain": 0.5, "linear_init": True}
 HEADED = [name for name in CONVERTIBLE if "without" not in name]
 
 

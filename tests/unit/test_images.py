@@ -234,7 +234,7 @@ def test_a_job_is_measured_and_rounded_with_its_accuracy_and_recalled(out, seein
     evaluation = sweep.Evaluation(sites=("resid_post",), batches=2, batch=16)
     job = sweep.Job("vanilla", seeing, settings, evaluation)
     found = sweep.perform(job)
-    assert sweep.recall(job) == found and found.quantized.keys() == found.accuracies.keys() == {"W8A8"}
+    assert sweep.recall(job) == found and found.quantized.keys() == found.accuracies.keys() == {"W8A8 min-max"}
     (exact,) = fixed_batches(load("scenes", SMALL).validation, 1, 32, SMALL.row, SMALL)
     rows = fixed_batches(load("scenes", SMALL).validation, 2, 16, SMALL.row, SMALL)
     model = found.run.load()
@@ -242,8 +242,8 @@ def test_a_job_is_measured_and_rounded_with_its_accuracy_and_recalled(out, seein
     assert found.measured["accuracy"] == pytest.approx(measure(model, [exact], loss=accuracy).loss)
     ranges = quant.calibrate(model, sweep.calibration(job, train.load_tokens(seeing)), settings[0])
     with quant.quantized(model, settings[0], ranges):
-        assert found.quantized["W8A8"] == measure(model, rows, loss=lm_loss).loss
-        assert found.accuracies["W8A8"] == measure(model, rows, loss=accuracy).loss
+        assert found.quantized["W8A8 min-max"] == measure(model, rows, loss=lm_loss).loss
+        assert found.accuracies["W8A8 min-max"] == measure(model, rows, loss=accuracy).loss
 
 
 def test_patches_and_their_norm_are_rounded_once():
