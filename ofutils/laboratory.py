@@ -221,8 +221,7 @@ def _intervened(job: sweep.Job) -> dict:
     """The record of the interventions in a run; they are made where there is none."""
     if found := train.store().find(*_entry(job)):
         return found
-    run = train.train(job.config)
-    run = run if run.has_weights else train.train(job.config, again=True)
+    run = train.trained(job.config)
     tokens = train.load_tokens(job.config)
     rows = fixed_batches(tokens.validation, 8, 64, job.config.model.context)
     return train.store().write(*_entry(job), without(run.load(), rows), run.record["environment"])

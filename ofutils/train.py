@@ -358,6 +358,12 @@ def train(
     return _finish(loop, state, tokens.corpus)
 
 
+def trained(config: TrainConfig, report: Callable[[int, float], None] | None = None) -> Run:
+    """The finished run with its weights on this machine: trained again where its record came without them."""
+    run = train(config, report=report)
+    return run if run.has_weights else train(config, report=report, again=True)
+
+
 def _begin(loop: Loop, wanted: tuple[int, ...], corpus: str) -> State:
     """Where the run stands: at its checkpoint, or at its start, whose weights are kept if they are wanted."""
     config, path = loop.config, checkpoint(loop.config)

@@ -84,8 +84,7 @@ def perform(task: Task, report: Callable[[int, float], None] = lambda step, loss
     if known := recall(task):
         return known
     job, config = task.job, task.job.config
-    run = train.train(config)
-    run = run if run.has_weights else train.train(config, again=True)
+    run = train.trained(config)
     tokens, model = train.load_tokens(config), run.load()
     rows = fixed_batches(tokens.validation, job.evaluation.batches, job.evaluation.batch, config.model.context)
     drawn = sweep.calibration(job, tokens)

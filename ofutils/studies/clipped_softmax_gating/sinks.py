@@ -81,8 +81,7 @@ def perform(job: sweep.Job, report: Callable[[int, float], None] = lambda step, 
     """Look at the model of a run, and write the record; or recall it."""
     if known := recall(job):
         return known
-    run = train.train(job.config)
-    run = run if run.has_weights else train.train(job.config, again=True)
+    run = train.trained(job.config)
     tokens, context = train.load_tokens(job.config), job.config.model.context
     count = max(1, min(_ROWS, len(tokens.validation) // context))
     (plain,) = fixed_batches(tokens.validation, 1, count, context)

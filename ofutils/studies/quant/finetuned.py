@@ -78,8 +78,7 @@ def started(task: Task) -> Transformer:
         state = families.from_hf(hub.model(task.base, head="lm")).state_dict()
         state[_ROWS] = state[_ROWS][: task.config.model.context]
     else:
-        run = train.train(task.base)
-        state = (run if run.has_weights else train.train(task.base, again=True)).load().state_dict()
+        state = train.trained(task.base).load().state_dict()
     torch.manual_seed(task.config.seed)
     model = Transformer(task.config.model)
     gates = {name: one for name, one in model.state_dict().items() if ".gate." in name}

@@ -137,8 +137,7 @@ def perform(job: sweep.Job, report: Callable[[int, float], None] | None = None) 
     """Train the run of a job and measure where its outliers sit, or recall that. Without norms nothing is ablated."""
     if record := recall(job):
         return record
-    finished = train.train(job.config, report=report)
-    finished = finished if finished.has_weights else train.train(job.config, report=report, again=True)
+    finished = train.trained(job.config, report)
     params.require(not finished.diverged, f"diverged at step {finished.diverged}")
     model, image = finished.load(), job.config.model.image
     batches = pictures(job.config.corpus, image)
