@@ -8,6 +8,12 @@ raw activations. Their values are not comparable. Everything is computed in floa
 import torch
 from torch import Tensor
 
+#: Objective -> where bondarenko2023's code reads its max inf norm, and its tensor kurtosis, the mean over these sites
+READ_AT = {
+    "clm": ("resid_post", ("norm1", "attn_out", "norm2", "mlp_out", "resid_post", "norm_final")),
+    "mlm": ("mlp_out", ("mlp_out", "norm2")),
+}
+
 
 def _tokens(x: Tensor) -> Tensor:
     return x.double().flatten(0, -2)  # (N, D)

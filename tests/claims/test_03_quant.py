@@ -104,11 +104,11 @@ def innocent(times, rules):
 
 
 DECAYED = ", gains decayed"
-ROWS = [
-    "vanilla",
-    "gated attention",
-    *(f"{one}{DECAYED}" for one in ("vanilla", "clipped softmax", "gated attention")),
-]
+LARGER = ", larger"
+ROWS = ["vanilla", "gated attention", "gate, pi 0.1", "gate, pi 0.5", "gate, all heads"]
+ROWS += [f"{one}{DECAYED}" for one in (*ROWS, "clipped softmax")]
+ROWS += [f"clipped softmax, alpha {alpha}{DECAYED}" for alpha in (1, 2, 8, 12)]
+ROWS += [f"{one}{LARGER}" for one in ("vanilla", "gated attention")]
 
 
 def in_the_tables(rules):
@@ -169,13 +169,14 @@ def in_the_tables(rules):
         found[claim] = 1 - cost(width, gated) / cost(width, second), rules["share_kept"], False, blamed(second)
     claim = f"{where}gated attention lowers the loss (nats) by"
     found[claim] = of("loss", second) - of("loss", gated), -rules["fp_cost"], False, ""
-    why = "such a model is not trained here"
-    for claim, (margin, ratio) in {
-        "gated attention divides vanilla's max inf norm (resid_post) by": (rules["factor"], True),
-        "share of vanilla's W8A8 cost that gated attention saves:": (rules["share_kept"], False),
-        "gated attention lowers the loss (nats) by": (-rules["fp_cost"], False),
-    }.items():
-        found[f"twice the width: {claim}"] = np.array([]), margin, ratio, why
+    first, gated = f"vanilla{LARGER}", f"gated attention{LARGER}"
+    twice = "twice the width: gated attention"
+    claim = f"{twice} divides vanilla's max inf norm (resid_post) by"
+    found[claim] = of(norm, first) / of(norm, gated), rules["factor"], True, none(first)
+    claim = "twice the width: share of vanilla's W8A8 cost that gated attention saves:"
+    found[claim] = 1 - cost("W8A8", gated) / cost("W8A8", first), rules["share_kept"], False, blamed(first)
+    claim = f"{twice} lowers the loss (nats) by"
+    found[claim] = of("loss", first) - of("loss", gated), -rules["fp_cost"], False, ""
     return found
 
 

@@ -29,12 +29,12 @@ def expected(rules):
     def saved(method, bits):
         return 1 - of("bert", method, bits) / of("bert", "vanilla", bits)
 
-    def norm(method):
-        return of("gamma_zeta", method, "norm")
+    def laboratory(method, column="norm"):
+        return of("gamma_zeta", method, column, seeds=6)
 
     def least(pairs):
-        norms = [norm(without) / norm(own) for own, without in pairs]
-        losses = [of("gamma_zeta", w, "loss") - of("gamma_zeta", own, "loss") for own, w in pairs]
+        norms = [laboratory(without) / laboratory(own) for own, without in pairs]
+        losses = [laboratory(without, "loss") - laboratory(own, "loss") for own, without in pairs]
         return np.min(norms, axis=0), np.min(losses, axis=0)
 
     found = {}
@@ -55,10 +55,10 @@ def expected(rules):
     found["gate-all-heads-norm"] = (wide, rules["factor"], True)
     gain = of("opt", "vanilla", "loss") - of("opt", "gate, all heads", "loss")
     found["gate-all-heads-fp"] = (gain, -rules["fp_cost"], False)
-    plain = norm("alpha 0, T 64")
+    plain = laboratory("alpha 0, T 64")
     for id, method in {"zeta": "gamma 0, zeta 1.03", "gamma-small": "gamma -0.003, zeta 1"}.items():
-        found[f"lab-{id}"] = (smaller_over_larger(plain, norm(method)), rules["alike"], True)
-    found["lab-gamma"] = (plain / norm("gamma -0.03, zeta 1"), rules["factor"], True)
+        found[f"lab-{id}"] = (smaller_over_larger(plain, laboratory(method)), rules["alike"], True)
+    found["lab-gamma"] = (plain / laboratory("gamma -0.03, zeta 1"), rules["factor"], True)
     alphas = [(f"alpha {a}, T {t}", f"alpha 0, T {t}") for a in (2, 4) for t in (32, 64)]
     gates = [(f"pi {pi}", "alpha 0, T 64") for pi in (0.25, 0.5, 0.9)]
     for id, pairs in {"alpha": alphas, "bias": gates}.items():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ofutils import reference, sweep, train
+from ofutils.metrics import READ_AT
 from ofutils.quant import QuantSettings
 from ofutils.studies.quant import finetuned, runs
 from ofutils.train import TrainConfig
@@ -94,7 +95,7 @@ def task(base, gates, attention):
     kind = finetuned._GATES[gates]
     model = dataclasses.replace(SMALL, attention=type(SMALL.attention)(**kind))
     start = f"{base.config.name}, attention {attention}"
-    config = dataclasses.replace(BASE, model=model, start=start, lr=1e-4, sites=runs.AUTHORS)
+    config = dataclasses.replace(BASE, model=model, start=start, lr=1e-4, sites=READ_AT["clm"][1])
     return finetuned.Task(base.config, gates, attention, config)
 
 

@@ -115,7 +115,9 @@ def alphas(grids: pd.DataFrame, title: str) -> Figure:
     plain = own[own["alpha"] == 0].set_index(["context", "seed"])["loss"]
     at = pd.MultiIndex.from_frame(own[["context", "seed"]])
     lengths = own["context"].astype(str) + own["row_aware"].map({True: ", gamma = -alpha / t", False: ""})
-    own = own.assign(change=own["loss"] - plain.reindex(at).to_numpy(), T=lengths)
+    own = own.assign(change=own["loss"] - plain.reindex(at).to_numpy(), T=lengths).sort_values(
+        ["row_aware", "context"]
+    )
     fig, axs = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     wanted = {
         "change": "loss above vanilla's, nats",

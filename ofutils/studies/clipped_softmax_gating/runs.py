@@ -5,12 +5,8 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from ofutils import laboratory, sweep
+from ofutils.metrics import READ_AT
 
-#: Objective -> the sites of the paper's max inf norm and of its kurtosis (see bondarenko2023's code, not its text).
-SITES = {
-    "clm": ("resid_post", ("norm1", "attn_out", "norm2", "mlp_out", "resid_post", "norm_final")),
-    "mlm": ("mlp_out", ("mlp_out", "norm2")),
-}
 #: The columns of `one_table`, and what they are called.
 QUANTITIES = {
     "sink": "does the sink go?\nlargest attention to one kind of token",
@@ -27,14 +23,14 @@ def table(outcomes: list[sweep.Outcome]) -> pd.DataFrame:
 
     Returns:
         method; seed; `loss` in full precision (nats); `norm`, the max inf norm, the largest over blocks, and
-        `kurtosis`, the tensor kurtosis, the mean over sites, both at SITES of its objective; and for each setting of
+        `kurtosis`, the tensor kurtosis, the mean over sites, both at `metrics.READ_AT`; and for each setting of
         quantization its label, with what rounding adds to the loss.
     """
     rows = []
     for one in outcomes:
         if one.error:
             continue
-        at, over = SITES[one.job.config.objective]
+        at, over = READ_AT[one.job.config.objective]
         sites, loss = one.measured["sites"], one.measured["loss"]
         of = {name: found for name, found in sites.items() if name.split(".")[-1] in over}
         row = {"method": one.job.method, "seed": one.job.config.seed, "loss": loss}

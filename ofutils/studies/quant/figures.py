@@ -41,6 +41,28 @@ def laboratory(scan: pd.DataFrame, runs: pd.DataFrame, bits: tuple[str, ...], ti
     return fig
 
 
+def tables(parts: dict[str, pd.DataFrame], title: str) -> Figure:
+    """What rounding costs, a dot a seed and a draw: left by model, right, one below the other, by bits.
+
+    Args:
+        parts: title -> from `runs.tidy`; the first one stands left.
+    """
+    first, *others = parts
+    fig = plt.figure(figsize=(13, 1 + 0.27 * parts[first]["method"].nunique()), layout="constrained")
+    axs = fig.subplot_mosaic([[first, other] for other in others], width_ratios=(1.1, 1))
+    for name, ax in axs.items():
+        y, hue = ("method", "setting") if name == first else ("setting", "method")
+        style = {"dodge": True, "jitter": False, "size": 4, "palette": "colorblind"}
+        sns.stripplot(parts[name], x="cost", y=y, hue=hue, ax=ax, **style)
+        plots.log_scale(ax, "x")
+        ax.set(xlabel="what rounding adds, nats", ylabel="", title=name)
+        ax.legend(
+            title="", loc="upper left", bbox_to_anchor=(0, -0.1 if name == first else -0.2), ncols=2, fontsize=8
+        )
+    fig.suptitle(title, x=0, ha="left")
+    return fig
+
+
 def healing(judged: pd.DataFrame, steps: pd.DataFrame, title: str) -> Figure:
     """A checkpoint before and after: how far from the original, rounded and not; and the way there.
 

@@ -19,7 +19,7 @@ import torch
 
 from ofutils import data, families, hub, params, sources, sweep, train
 from ofutils.attention import AttentionConfig
-from ofutils.studies.quant.runs import AUTHORS
+from ofutils.metrics import READ_AT
 from ofutils.train import TrainConfig
 from ofutils.transformer import Transformer, TransformerConfig
 
@@ -48,7 +48,7 @@ def tasks(scale: str, steps: int = 0, seeds: int = 0, corpus: str = "") -> list[
     for config in (job.config for job in jobs if job.method == "vanilla"):
         base, model = (published[0], OPT) if published else (config, config.model)
         own = steps or (4000 if published else max(2, round(config.steps * _STEPS)))
-        tuned = {"lr": config.lr * _RATE, "steps": own, "warmup": round(own * _WARMUP), "sites": AUTHORS}
+        tuned = {"lr": config.lr * _RATE, "steps": own, "warmup": round(own * _WARMUP), "sites": READ_AT["clm"][1]}
         tuned |= {"measure_every": max(1, own // 12), "rows_at_once": 8 if published else 0}
         for attention in ATTENTIONS:
             start = f"{base if published else base.name}, attention {attention}"
@@ -105,7 +105,7 @@ def table(wanted: list[Task]) -> pd.DataFrame:
 
     Returns:
         Columns gates; attention; seed; step; loss (nats); max inf norm, the largest over blocks (`resid_post`);
-        tensor kurtosis, the mean over the sites of AUTHORS.
+        tensor kurtosis, the mean over sites, see `metrics.READ_AT`.
     """
     rows = []
     for task in wanted:

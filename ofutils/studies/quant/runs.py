@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 
 from ofutils import laboratory, reference
+from ofutils.metrics import READ_AT
 from ofutils.sweep import Outcome
 
-#: The sites that bondarenko2023's code hooks in an OPT.
-AUTHORS = ("norm1", "attn_out", "norm2", "mlp_out", "resid_post", "norm_final")
 _B, _T3, _T6 = "bondarenko2023", "table 3 OPT-350m", "table 6 OPT-125m"
 _T9, _T10, _HE = "table 9 OPT-1.3B fine-tuned", "table 10 BERT-base", ("he2024", "table 2 OPT-125m")
 #: A method of ours -> paper, item and row that are like it.
@@ -23,6 +22,13 @@ ROWS = {
     "gated attention, larger": (_B, _T3, "gated attention"),
 }
 _VANILLA, _GATED, _DECAYED, _CLIPPED, _DECAYED_GATED, _LARGER, _LARGER_GATED = ROWS
+_GATES = {"gate, pi 0.1": "linear 0.1", "gate, pi 0.5": "linear 0.5", "gate, all heads": "all heads"}
+for _alpha in (1, 2, 8, 12):
+    _row = f"clipped softmax alpha {_alpha}; norm gain decay yes"
+    ROWS[f"clipped softmax, alpha {_alpha}, gains decayed"] = (_B, _T6, _row)
+for _gate, _row in _GATES.items():
+    ROWS[_gate] = (_B, _T6, f"gated {_row}; norm gain decay no")
+    ROWS[f"{_gate}, gains decayed"] = (_B, _T6, f"gated {_row}; norm gain decay yes")
 # a remedy of `of_methods` -> its row, and the vanilla row that is like it
 _LIKE = {_GATED: (ROWS[_GATED], ROWS[_VANILLA]), "clipped softmax": (ROWS[_CLIPPED], ROWS[_DECAYED])}
 _LIKE |= {"OP + SOAP": ((*_HE, "OP + SOAP"), (*_HE, "vanilla"))}
@@ -81,17 +87,18 @@ def values(measured: dict, sites: tuple[str, ...], metric: str) -> list[float]:
     return [found[metric] for site, found in measured["sites"].items() if site.split(".")[-1] in sites]
 
 
-def about(method: str, seed: int, measured: dict) -> dict:
-    """Of a model, from what was measured on it: method; seed; loss (nats); max inf norm, the largest over blocks
-    (`resid_post`); tensor kurtosis, the mean over the sites of AUTHORS; neuron kurtosis, the mean over blocks
-    (`resid_pre`)."""
+def about(method: str, seed: int, measured: dict, objective: str = "clm") -> dict:
+    """Of a model, from what was measured on it: method; seed; loss (nats); max inf norm, the largest over blocks,
+    and tensor kurtosis, the mean over sites, both at `metrics.READ_AT`; neuron kurtosis, the mean over blocks
+    (`resid_pre`; NaN where it was not measured)."""
+    at, over = READ_AT[objective]
     return {
         "method": method,
         "seed": seed,
         "loss": measured["loss"],
-        _NORM: max(values(measured, ("resid_post",), "inf_norm")),
-        _KURTOSIS: np.mean(values(measured, AUTHORS, "tensor_kurtosis")),
-        "neuron kurtosis": np.mean(values(measured, ("resid_pre",), "neuron_kurtosis")),
+        _NORM: max(values(measured, (at,), "inf_norm")),
+        _KURTOSIS: np.mean(values(measured, over, "tensor_kurtosis")),
+        "neuron kurtosis": np.mean(values(measured, ("resid_pre",), "neuron_kurtosis") or [np.nan]),
     }
 
 
@@ -101,7 +108,7 @@ def table(outcomes: list[Outcome]) -> pd.DataFrame:
 
 
 def _about(outcome: Outcome) -> dict:
-    return about(outcome.job.method, outcome.job.config.seed, outcome.measured)
+    return about(outcome.job.method, outcome.job.config.seed, outcome.measured, outcome.job.config.objective)
 
 
 def tidy(outcomes: list[Outcome]) -> pd.DataFrame:
