@@ -97,7 +97,7 @@ def tables(rows: pd.DataFrame, numbers: dict[str, str], title: str) -> Figure:
             ax.grid(axis="y", lw=0.4)
             if "accuracy" not in column:
                 plots.log_scale(ax, "x")
-    axs[0, -1].legend(loc="best")
+    axs[-1, -1].legend(loc="upper right")
     fig.suptitle(title, x=0, ha="left")
     return fig
 

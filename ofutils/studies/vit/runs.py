@@ -205,23 +205,24 @@ def claims_of_tables(rows: pd.DataFrame, heavy: float, damage: float) -> list[tu
     other = norm8.filter(regex="^gamma [^;]*$").drop(columns=three).min(axis=1)
     worst = {one: fp7.filter(regex=f"^{one}.*; patch norm").min(axis=1) - fp7[n] for one in "cg"}
     best, least = low7.filter(regex="^[cg].*norm").max(axis=1), norm7.filter(regex="^[cg].*norm").min(axis=1)
+    norm, add = "with a patch norm", "a remedy beside a patch norm"
     judged = {  # id -> sentence, values, rule, why not testable
-        "clipped-w8a8": (f"{at}, clipped softmax, less vanilla's", low7[cs] - low7[v], "damage", whole),
-        "gated-w8a8": (f"{at}, gated attention, less vanilla's", low7[ga] - low7[v], "damage", whole),
-        "patch-norm-w8a8": (f"{at}, patch norm, less vanilla's", low7[n] - low7[v], "damage", whole),
+        "clipped-w8a8": (f"{at} with clipped softmax less vanilla's", low7[cs] - low7[v], "damage", whole),
+        "gated-w8a8": (f"{at} with gated attention less vanilla's", low7[ga] - low7[v], "damage", whole),
+        "patch-norm-w8a8": (f"{at} {norm} less vanilla's", low7[n] - low7[v], "damage", whole),
         "gate-mlp-norm": ("vanilla's inf norm over that with MLP gates", norm7[v] / norm7[mlp], "factor", light),
         "gate-mlp-accuracy": ("accuracy with MLP gates less vanilla's", fp7[mlp] - fp7[v], "-cost", ""),
-        "patch-norm-kurtosis": ("kurtosis over that with a patch norm", tails[v] / tails[n], "factor", light),
-        "patch-norm-accuracy": ("accuracy with a patch norm less vanilla's", fp7[n] - fp7[v], "-cost", ""),
-        "like-for-like-w8a8": (f"patch norm: {at} less the best remedy's", low7[n] - best, "-cost", whole),
-        "like-for-like-norm": ("patch norm: least inf norm over vanilla's", least / norm7[n], "share", light),
-        "clipped-normed-accuracy": ("patch norm: worst accuracy, clipped, less vanilla's", worst["c"], "-cost", ""),
-        "gated-normed-accuracy": ("patch norm: worst accuracy, gated, less vanilla's", worst["g"], "-cost", ""),
+        "patch-norm-kurtosis": (f"vanilla's kurtosis over that {norm}", tails[v] / tails[n], "factor", light),
+        "patch-norm-accuracy": (f"accuracy {norm} less vanilla's", fp7[n] - fp7[v], "-cost", ""),
+        "like-for-like-w8a8": (f"{at} {norm} less the best of {add}", low7[n] - best, "-cost", whole),
+        "like-for-like-norm": (f"least inf norm of {add} over that of none", least / norm7[n], "share", light),
+        "clipped-normed-accuracy": (f"least accuracy, clipped, {norm}, less unclipped", worst["c"], "-cost", ""),
+        "gated-normed-accuracy": (f"least accuracy, gated, {norm}, less ungated", worst["g"], "-cost", ""),
         "zeta-w8a8": (f"vanilla's {at} less the best with zeta alone", low8[v] - zeta, "-cost", whole),
         "gamma-small": ("inf norm with gamma -1e-5 over vanilla's", small / norm8[v], "share", light),
-        "gamma-best": ("least inf norm of another gamma over -3e-3's", other / norm8[three], "higher", light),
+        "gamma-best": ("least inf norm of other gammas over -3e-3's", other / norm8[three], "higher", light),
         "gamma-large": ("vanilla's accuracy less that at gamma -0.03", fp8[v] - large, "damage", ""),
-        "gamma-zeta": ("inf norm at gamma -3e-3, zeta 1.003 over 1", both / norm8[three], "share", light),
+        "gamma-zeta": ("inf norm at gamma -3e-3, zeta over no zeta", both / norm8[three], "share", light),
     }
     found = []
     for id, (text, values, rule, why) in judged.items():
