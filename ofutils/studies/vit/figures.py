@@ -72,7 +72,7 @@ def by_method(runs: pd.DataFrame, numbers: dict[str, str], title: str) -> Figure
 
 
 def tables(rows: pd.DataFrame, numbers: dict[str, str], title: str) -> Figure:
-    """Tables 7 and 8 as dots: a line a row, in the paper's order; ours by seed, the paper's as diamonds.
+    """Tables 7 and 8 as dots: a line a row, in the paper's order; ours by seed, the paper's above as diamonds.
 
     Args:
         rows: from `runs.beside`.
@@ -80,12 +80,12 @@ def tables(rows: pd.DataFrame, numbers: dict[str, str], title: str) -> Figure:
     """
     sizes = rows.groupby("table")["row"].nunique()
     how = {"sharey": "row", "sharex": "col", "height_ratios": sizes, "layout": "constrained"}
-    fig, axs = plt.subplots(len(sizes), len(numbers), figsize=(13, 1.5 + 0.27 * sizes.sum()), **how)
+    fig, axs = plt.subplots(len(sizes), len(numbers), figsize=(13, 1.5 + 0.3 * sizes.sum()), **how)
     for line, (number, own) in zip(axs, rows.groupby("table"), strict=True):
         names = list(dict.fromkeys(own["row"]))
         for paper, part in own.groupby(own["of"] == "paper"):
             style = {"s": 34, "lw": 1.3, "marker": "D" if paper else "o"}
-            color, places = "#D55E00" if paper else "#0072B2", part["row"].map(names.index)
+            color, places = "#D55E00" if paper else "#0072B2", part["row"].map(names.index) + (0.18 - 0.36 * paper)
             for ax, column in zip(line, numbers, strict=True):
                 ax.scatter(part[column], places, color=color, label="the paper" if paper else "here", **style)
             line[0].scatter(part["W8A8 accuracy"], places, facecolor="none", edgecolor=color, **style)
