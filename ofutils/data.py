@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from ofutils import NUMERICS, UserError, backcopy, params
-from ofutils.records import write_atomically
+from ofutils.records import save_rows, write_atomically
 
 BUILT_IN = ("stdlib", "site-packages", "backcopy")
 _ENDINGS = "txt md rst py tex html json csv c h js java go"
@@ -197,7 +197,9 @@ def tokens(source: str, characters: int, bpe: int, context: int) -> "Tokens":
             count = min(most, characters or most) // context
             params.require(count > 0, f"{source} of {characters} characters has no row of {context}")
             rows = backcopy_chain(source, bpe).rows(count, context, seed)
-            write_atomically(path, lambda temporary, rows=rows: _save(temporary, iter([rows.ravel()]), rows.dtype))
+            write_atomically(
+                path, lambda temporary, rows=rows: save_rows(temporary, iter([rows.ravel()]), rows.dtype)
+            )
     return _loaded(folder, fingerprint(source), bpe)
 
 
@@ -261,7 +263,7 @@ def tokenize(corpus: Corpus, vocab: int) -> Tokens:
         for split, path in paths.items():
             texts = corpus.split(split)
             rows, dtype = _encoded(tokenizer, texts), np.dtype(np.uint16 if vocab <= 1 << 16 else np.int32)
-            write_atomically(path, lambda temporary, rows=rows, dtype=dtype: _save(temporary, rows, dtype))
+            write_atomically(path, lambda temporary, rows=rows, dtype=dtype: save_rows(temporary, rows, dtype))
     return _loaded(folder, corpus.sha256, vocab)
 
 
@@ -272,7 +274,7 @@ def _folder(name: str) -> Path:
 def _loaded(folder: Path, sha256: str, vocab: int) -> Tokens:
     try:
         loaded = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "validation")}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the tokens in {folder} are not readable; delete that folder") from error
     largest = max(int(ids[:_LOOK].max()) for ids in loaded.values())
     params.require(largest < vocab, f"{folder} holds other tokens; delete it")
@@ -303,15 +305,3 @@ def _encoded(tokenizer, texts: Iterator[str]) -> Iterator[list[int]]:
     end = tokenizer.token_to_id(_END)
     while some := list(islice(texts, 1024)):
         yield from ([*row.ids, end] for row in tokenizer.encode_batch(some))
-
-
-def _save(path: Path, rows: Iterator, dtype: np.dtype) -> None:
-    """Write rows of ids one after the other as one .npy array, of which a few are in memory at a time."""
-    about, count = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}, 0
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, about | {"shape": (0,)})
-        for row in rows:
-            file.write(np.asarray(row, dtype).tobytes())
-            count += len(row)
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, about | {"shape": (count,)})  # as long as the first one

@@ -2,10 +2,13 @@
 
 Sources: `digits`, scikit-learn's 1797 handwritten digits of 8 x 8 pixels, enlarged; `scenes`, made of them: one digit
 at a random place of a large empty picture, whose patches are therefore mostly background; or parquet files that the
-user names, such as the Hub's of CIFAR-10 and ImageNet. Every machine makes the same digits and scenes.
+user names, such as the Hub's of CIFAR-10 and ImageNet, which are decoded once into memory-mapped arrays under
+`runs/images` and never held in memory. Every machine makes the same digits and scenes.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -16,13 +19,15 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from ofutils import UserError, params
+from ofutils import NUMERICS, UserError, params
+from ofutils.records import save_rows, write_atomically
 
 BUILT_IN = ("digits", "scenes")
 _SCENES = {"train": 16384, "validation": 2048}
 NOISE = 24  # the largest value of a pixel without a digit in `scenes`, of 255
 _GRID = 4  # pixels: corners of the digits in `scenes` lie on multiples of it
 _COLUMNS = ("img", "image"), ("label", "fine_label")  # of CIFAR-10 and ImageNet, of CIFAR-100
+_AT_ONCE = 256  # images of a file that are in memory at a time
 
 
 @params.settings
@@ -79,13 +84,11 @@ class Images:
 
 
 @lru_cache(maxsize=2)
-def read(source: str, size: int = 0, channels: int = 3) -> tuple[np.ndarray, np.ndarray, str]:
-    """Images as they are, or in one size, with their classes and the sha256 of both; all in memory.
+def read(source: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """Images as they are, with their classes and the sha256 of both; all in memory, and so for small ones.
 
     Args:
         source: `digits`; a parquet file, or a folder of them, like those of the Hub's uoft-cs/cifar10.
-        size: pictures of files are cut to squares from their middle and resized to so many pixels; 0: they are not.
-        channels: 1 or 3, of what is resized.
 
     Returns:
         (N, H, W) or (N, H, W, 3), of digits 0 to 16; (N,); sha256.
@@ -93,56 +96,116 @@ def read(source: str, size: int = 0, channels: int = 3) -> tuple[np.ndarray, np.
     Raises:
         UserError: a file that is not there, is no parquet or lacks a column; a row without an image like the first.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
     from sklearn.datasets import load_digits
 
     if source == "digits":
         pixels, labels = load_digits(return_X_y=True)
         pixels = pixels.reshape(-1, 8, 8)
     else:
-        try:
+        with _readable(source):
             rows = pd.read_parquet(source)
-            image, label = (next((one for one in known if one in rows), known[0]) for known in _COLUMNS)
-            pictures = (Image.open(BytesIO(one["bytes"])) for one in rows[image])
-            if size:
-                mode = "L" if channels == 1 else "RGB"
-                pictures = (ImageOps.fit(one.convert(mode), (size, size)) for one in pictures)
-            pixels = np.stack([np.asarray(one) for one in pictures])
+            image, label = _named(rows)
+            pixels = np.stack([np.asarray(Image.open(BytesIO(one["bytes"]))) for one in rows[image]])
             labels = np.array(rows[label].tolist(), dtype=np.uint16 if rows[label].max() > 255 else np.uint8)
-        except (OSError, ValueError, TypeError, LookupError, SyntaxError, OverflowError) as error:
-            raise UserError(f"images {source!r}: needs parquet of img (with bytes) and label: {error!r}") from error
     return pixels, labels, hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
+
+
+@contextmanager
+def _readable(source: object):
+    """What is wrong with a file is one line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, SyntaxError, OverflowError) as error:
+        raise UserError(f"images '{source}': needs parquet of img (with bytes) and label: {error!r}") from error
+
+
+def _named(has) -> list[str]:
+    """The columns of images and of labels among those that there are."""
+    return [next((one for one in known if one in has), known[0]) for known in _COLUMNS]
 
 
 @lru_cache(maxsize=2)
 def load(source: str, image: ImageConfig) -> Images:
     """The two splits of a source in one size; held out for validation is every fifth image, or digit of scenes.
 
+    Pictures of files are cut to squares from their middle and resized. They are decoded once, a few at a time, into
+    `runs/images`, and again where the files, `size`, `channels` or `NUMERICS` are others; the splits are memory maps.
+
     Args:
-        source: `digits`, `scenes`, or what `read` takes.
+        source: `digits`, `scenes`, a parquet file, or a folder of them, like those of the Hub's uoft-cs/cifar10.
         image: its size and channels; digits and scenes are grey, the same in every channel.
 
     Raises:
-        UserError: an unknown source, a size that it does not have, and what `read` refuses.
+        UserError: an unknown source, a size that it does not have; a file that is no parquet or lacks a column, a row
+            without a picture or a label.
     """
-    built_in = source in BUILT_IN
     known = f"{params.suggest(source, BUILT_IN)}; built in: {', '.join(BUILT_IN)}"
-    params.require(built_in or Path(source).exists(), f"images {source!r}: no such file or folder{known}")
-    pixels, labels, _ = read("digits") if built_in else read(source, image.size, image.channels)
-    held, splits = np.arange(len(labels)) % 5 == 4, {}
-    if built_in:
-        params.require(image.size % 8 == 0, f"{source} have a size that 8 divides, not {image.size}")
-        pixels = (pixels * 255 / 16).astype(np.uint8)
+    params.require(source in BUILT_IN or Path(source).exists(), f"images {source!r}: no such file or folder{known}")
+    if source not in BUILT_IN:
+        return _of_files(Path(source), image)
+    params.require(image.size % 8 == 0, f"{source} have a size that 8 divides, not {image.size}")
+    pixels, labels, _ = read("digits")
+    held, splits, pixels = np.arange(len(labels)) % 5 == 4, {}, (pixels * 255 / 16).astype(np.uint8)
     if source == "digits":
         pixels = pixels.repeat(image.size // 8, 1).repeat(image.size // 8, 2)
     for seed, (split, own) in enumerate({"train": ~held, "validation": held}.items()):
         found, classes = pixels[own], labels[own]
         if source == "scenes":
             found, classes = _scenes(found, classes, image.size, _SCENES[split], seed)
-        shaped = found.reshape(len(found), image.size, image.size, -1).transpose(0, 3, 1, 2)  # grey: in every channel
-        splits[split] = image.packed(shaped, classes)
-    sha256 = hashlib.sha256(b"".join(one.tobytes() for one in splits.values())).hexdigest()
-    return Images(sha256, **splits)
+        splits[split] = _in_channels(found, classes, image)
+    return Images(_sha256(**splits), **splits)
+
+
+def _sha256(train: np.ndarray, validation: np.ndarray) -> str:
+    digest = hashlib.sha256(train)
+    digest.update(validation)
+    return digest.hexdigest()
+
+
+def _in_channels(pixels: np.ndarray, labels: np.ndarray, image: ImageConfig) -> np.ndarray:
+    """(N, S, S), the same in every channel, or (N, S, S, C), and (N,) -> (N x row,)."""
+    return image.packed(pixels.reshape(len(pixels), image.size, image.size, -1).transpose(0, 3, 1, 2), labels)
+
+
+def _of_files(source: Path, image: ImageConfig) -> Images:
+    """The splits as memory maps; written, where the sha256, which comes last, is not there."""
+    paths = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    params.require(len(paths) > 0, f"images '{source}': no parquet files in that folder")
+    seen = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    name = hashlib.sha256(repr((seen, image.size, image.channels)).encode()).hexdigest()[:16]
+    folder = params.out() / "runs" / "images" / f"{name}-{NUMERICS}"
+    whole, splits = folder / "sha256", [folder / f"{split}.npy" for split in ("train", "validation")]
+    for held, path in enumerate(() if whole.is_file() else splits):
+        rows = _decoded(paths, image, bool(held))
+        write_atomically(path, lambda temporary, rows=rows: save_rows(temporary, rows, np.uint8))
+    try:
+        loaded = [np.load(path, mmap_mode="r") for path in splits]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"the images in {folder} are not readable; delete that folder") from error
+    if not whole.is_file():
+        write_atomically(whole, lambda temporary: temporary.write_text(_sha256(*loaded)))
+    return Images(whole.read_text(), *loaded)
+
+
+def _decoded(paths: list[Path], image: ImageConfig, held: bool) -> Iterator[np.ndarray]:
+    """The packed images of one split of parquet files, some at a time."""
+    from PIL import Image, ImageOps
+    from pyarrow.parquet import ParquetFile
+
+    number, mode = 0, "L" if image.channels == 1 else "RGB"
+    for path in paths:
+        with _readable(path):
+            file = ParquetFile(path)
+            columns = _named(file.schema_arrow.names)
+            for batch in file.iter_batches(_AT_ONCE, columns=columns):
+                own = (np.arange(number, number + len(batch)) % 5 == 4) == held
+                number += len(batch)
+                chosen = batch.filter(own).to_pydict()
+                pictures, labels = (chosen[column] for column in columns)
+                opened = (Image.open(BytesIO(one["bytes"])).convert(mode) for one in pictures)
+                if pixels := [np.asarray(ImageOps.fit(one, (image.size, image.size))) for one in opened]:
+                    yield _in_channels(np.stack(pixels), np.array(labels, np.uint16), image)
 
 
 def _scenes(digits: np.ndarray, labels: np.ndarray, size: int, count: int, seed: int):

@@ -8,11 +8,13 @@ with a default leaves old names as they are.
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 
 from ofutils import NUMERICS, UserError
@@ -49,6 +51,18 @@ def write_atomically(path: Path, write) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def save_rows(path: Path, rows: Iterable, dtype) -> None:
+    """Write rows of numbers one after the other as one .npy array, of which a few are in memory at a time."""
+    about, count = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False}, 0
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, about | {"shape": (0,)})
+        for row in rows:
+            file.write(np.asarray(row, dtype).tobytes())
+            count += len(row)
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, about | {"shape": (count,)})  # as long as the first one
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,71 @@ def expected(rules):
     normed, zeta = of("vanilla, patch norm", "inf norm"), of("zeta 1.004", "inf norm")
     found["bondarenko2023-vit-patch-norm"] = vanilla["inf norm"] / normed, "factor", True, light
     found["bondarenko2023-vit-zeta"] = zeta / vanilla["inf norm"], "share", True, light
+    for id, one, other in (("layerscale-accuracy", "LayerScale", "vanilla"), ("op-layerscale", "OP", "LayerScale")):
+        found[f"he2024-vit-{id}"] = of(one, "accuracy") - of(other, "accuracy"), "-cost", False, False
+    found |= of_tables(rules, light)
+    tuned = pd.read_csv(FIGURES / "finetuned.csv")
+    left = tuned[tuned["model"].str.contains("every norm")].pivot(index="seed", columns="model", values="accuracy")
+    lost = left["without two others, every norm"] - left["without two by weight, every norm"]
+    few = tuned["sigma"].min() < 3
+    found["puccetti2022-vit-finetuned"] = lost.to_numpy(), "damage", False, few
     margins = rules | {"-cost": -rules["cost"]}
     return {id: (values, margins[rule], ratio, none) for id, (values, rule, ratio, none) in found.items()}
+
+
+def rows_of(number, column):
+    """Row of a table of the paper -> what our seeds have."""
+    table = pd.read_csv(FIGURES / "tables.csv")
+    own = table[(table["table"] == number) & (table["of"] != "paper")].sort_values("of")
+    return {row: part[column].to_numpy() for row, part in own.groupby("row")}
+
+
+def of_tables(rules, light):
+    """As `expected`, of the rows of Tables 7 and 8."""
+    seven, eight = (
+        {column: rows_of(number, column) for column in ("accuracy", "W8A8 accuracy", "inf norm", "tensor kurtosis")}
+        for number in (7, 8)
+    )
+    exact, rounded, norm = seven["accuracy"], seven["W8A8 accuracy"], seven["inf norm"]
+    whole = (exact["vanilla"] - rounded["vanilla"]).mean() < rules["damage"]
+    beside = [row for row in exact if "patch norm" in row and "vanilla" not in row]
+    assert len(beside) == 9 and {row: len(values) for row, values in exact.items()} == dict.fromkeys(
+        exact, len(SEEDS)
+    )
+    n, found = "vanilla; patch norm", {}
+    for id, row in (("clipped", "clipped softmax -0.003"), ("gated", "gated linear 0.5"), ("patch-norm", n)):
+        found[f"{id}-w8a8"] = rounded[row] - rounded["vanilla"], "damage", False, whole
+    found["gate-mlp-norm"] = norm["vanilla"] / norm["gated mlp n_hid 4"], "factor", True, light
+    found["gate-mlp-accuracy"] = exact["gated mlp n_hid 4"] - exact["vanilla"], "-cost", False, False
+    tails = seven["tensor kurtosis"]
+    found["patch-norm-kurtosis"] = tails["vanilla"] / tails[n], "factor", True, light
+    found["patch-norm-accuracy"] = exact[n] - exact["vanilla"], "-cost", False, False
+    best = np.max([rounded[row] for row in beside], axis=0)
+    found["like-for-like-w8a8"] = rounded[n] - best, "-cost", False, whole
+    found["like-for-like-norm"] = np.min([norm[row] for row in beside], axis=0) / norm[n], "share", True, light
+    for kind in ("clipped", "gated"):
+        least = np.min([exact[row] for row in beside if row.startswith(kind)], axis=0)
+        found[f"{kind}-normed-accuracy"] = least - exact[n], "-cost", False, False
+    exact, rounded, norm = eight["accuracy"], eight["W8A8 accuracy"], eight["inf norm"]
+    zetas = [f"zeta {one}" for one in ("1.001", "1.002", "1.004", "1.01")]
+    best = np.max([rounded[row] for row in zetas], axis=0)
+    found["zeta-w8a8"] = rounded["vanilla"] - best, "-cost", False, whole
+    found["gamma-small"] = norm["gamma -1e-5"] / norm["vanilla"], "share", True, light
+    others = [norm[f"gamma {one}"] for one in ("-1e-5", "-1e-4", "-1e-3", "-0.01", "-0.03")]
+    found["gamma-best"] = np.min(others, axis=0) / norm["gamma -3e-3"], "higher", True, light
+    found["gamma-large"] = exact["vanilla"] - exact["gamma -0.03"], "damage", False, False
+    found["gamma-zeta"] = norm["gamma -3e-3; zeta 1.003"] / norm["gamma -3e-3"], "share", True, light
+    return {f"bondarenko2023-vit-{id}": rest for id, rest in found.items()}
+
+
+def test_rows_that_the_notebook_has_too_are_the_same_runs():
+    same = {"vanilla": "vanilla", "clipped softmax": "clipped softmax -0.003", "gated attention": "gated linear 0.5"}
+    for column in ("accuracy", "W8A8 accuracy", "inf norm", "tensor kurtosis"):
+        rows, other = rows_of(7, column), rows_of(8, column)
+        for method, row in (same | {"vanilla, patch norm": "vanilla; patch norm"}).items():
+            assert rows[row] == pytest.approx(of(method, column), rel=1e-4)
+        assert other["zeta 1.004"] == pytest.approx(of("zeta 1.004", column), rel=1e-4)
+        assert np.array_equal(other["gamma -3e-3"], rows["clipped softmax -0.003"])
 
 
 def test_every_verdict_follows_from_the_table(committed, rules):

@@ -22,6 +22,7 @@ from ofutils.studies.clipped_softmax_gating import sinks
 from ofutils.studies.moment_updates import follow
 from ofutils.studies.optimizers import mlp
 from ofutils.studies.quant import finetuned
+from ofutils.studies.vit import finetune as vit_finetune
 from ofutils.studies.vit import sinks as vit_sinks
 from ofutils.transformer import Transformer, clm_loss
 from tests import stand_ins
@@ -81,6 +82,14 @@ def records_of_10_vit(corpus):
         result = vit_sinks.perform(small)["result"]
         maps = {kind: [(one * 12)[: job.config.model.context] for one in own] for kind, own in result["maps"].items()}
         train.store().write("vit", vit_sinks._key(job), result | {"maps": maps}, environment)
+    outcome = sweep.perform(tiny.jobs[0])
+    for job in sweep.read_recipe("10_vit_tables", "paper", steps=8, seeds=1, corpus="digits").jobs:
+        train.store().write("train", differing(job.config), outcome.run.record["result"], environment)
+        for entry, own in zip(sweep._entries(job), sweep._entries(tiny.jobs[0]), strict=True):
+            train.store().write(*entry, train.store().find(*own)["result"], environment)
+    (small,) = vit_finetune.tasks("tiny", "digits", steps=8)
+    for task in vit_finetune.tasks("paper", "digits", 8, 1, "digits"):
+        train.store().write("tuned", task.key, vit_finetune.perform(small)["result"], environment)
 
 
 def records_of_09_moment_updates(corpus):
@@ -103,13 +112,14 @@ def records_of_11_pretraining_data(corpus):
 CORPUS = "{corpus}"
 BERT = "google-bert/bert-base-uncased"
 ROBERTA = "FacebookAI/roberta-base"
-VITS = "google/vit-base-patch16-224", "facebook/deit-small-patch16-224"
+IN21K = "google/vit-base-patch16-224-in21k"
+VITS = "google/vit-base-patch16-224", "facebook/deit-small-patch16-224", IN21K
 PYTHIA = tuple(f"EleutherAI/pythia-{size}" for size in ("70m", "160m", "410m"))
 ENTRIES = {
     "00_start_here": ((BERT,), {"sentences": 6}, no_records),
     "01_pythia_kurtosis": ((*PYTHIA, "Salesforce/wikitext"), {"steps": 1}, no_records),
     "02_bert_outliers": (
-        (BERT, ROBERTA, "google/vit-base-patch16-224-in21k", "nyu-mll/glue"),  # no GPT-2: its row says so
+        (BERT, ROBERTA, IN21K, "nyu-mll/glue"),  # no GPT-2: its row says so
         {"draws": 1, "sentences": 16, "single": 1, "top": 1, "tasks": "mnli", "seeds": 1, "rows": 4},
         no_records,
     ),

@@ -1,13 +1,14 @@
 """Images through the core: sets, patches, the model against a convolution, training, resume, rounding, records."""
 
 import dataclasses
+import hashlib
 from io import BytesIO
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from ofutils import UserError, images, optim, quant, sweep, train
@@ -91,6 +92,68 @@ def test_files_are_cut_to_squares_and_every_fifth_image_is_held_out(tmp_path, na
     (held,) = fixed_batches(found.validation, 1, 2, config.row, config)
     assert held["labels"].tolist() == [0, 300] and len(found.train) == 8 * config.row
     assert ((held["pixel_values"] + 1) * 127.5).round().mean((1, 2, 3)).tolist() == [40, 90]
+
+
+def write_pictures(folder, count, **columns):
+    """Coloured pictures of several shapes in parquet files of seven rows, with classes of two bytes."""
+    draw, rows = np.random.default_rng(0), []
+    for number in range(count):
+        stream = BytesIO()
+        pixels = draw.integers(256, size=(10 + number % 3, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(stream, format="PNG")
+        rows.append({"image": {"bytes": stream.getvalue()}, "label": 29 * number} | columns)
+    for part in range(0, count, 7):
+        pd.DataFrame(rows[part : part + 7]).to_parquet(folder / f"{part:03d}.parquet", row_group_size=5)
+    return rows
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_become_memory_maps_that_hold_what_one_piece_would(tmp_path, out, monkeypatch, channels):
+    rows, config = write_pictures(tmp_path, 33), ImageConfig(size=8, channels=channels)
+    opened = (Image.open(BytesIO(row["image"]["bytes"])).convert("L" if channels == 1 else "RGB") for row in rows)
+    pixels = np.stack([np.asarray(ImageOps.fit(one, (8, 8))) for one in opened]).reshape(33, 8, 8, channels)
+    labels, held = np.array([row["label"] for row in rows]), np.arange(33) % 5 == 4
+    whole = [config.packed(pixels[own].transpose(0, 3, 1, 2), labels[own]) for own in (~held, held)]
+    packed, sizes = ImageConfig.packed, []
+    monkeypatch.setattr(
+        ImageConfig, "packed", lambda self, one, *rest: sizes.append(len(one)) or packed(self, one, *rest)
+    )
+    monkeypatch.setattr(images, "_AT_ONCE", 4)
+    found = load(str(tmp_path), config)
+    assert max(sizes) <= 4 and sum(sizes) == 33  # in memory at a time; each decoded once
+    assert all(isinstance(one, np.memmap) for one in (found.train, found.validation))
+    assert [one.tobytes() for one in (found.train, found.validation)] == [one.tobytes() for one in whole]
+    assert found.corpus == hashlib.sha256(b"".join(one.tobytes() for one in whole)).hexdigest()
+    load.cache_clear()
+    assert load(str(tmp_path), config).corpus == found.corpus and sum(sizes) == 33  # from the folder
+    assert load(str(tmp_path), dataclasses.replace(config, size=16)).corpus != found.corpus and sum(sizes) == 66
+
+
+def test_nothing_half_written_is_read(tmp_path, out):
+    write_pictures(tmp_path, 12)
+    load.cache_clear()
+    broken = pd.DataFrame([{"image": {"bytes": b"no picture"}, "label": 1}] * 5)
+    broken.to_parquet(tmp_path / "last.parquet")
+    config = ImageConfig(size=8, channels=3)
+    with pytest.raises(UserError, match="last.parquet.*needs parquet of img") as error:
+        load(str(tmp_path), config)
+    assert "\n" not in str(error.value) and not [one for one in (out / "runs").rglob("*") if one.is_file()]
+    (tmp_path / "last.parquet").unlink()
+    assert len(load(str(tmp_path), config).train) == 10 * config.row
+
+
+def test_a_changed_file_is_decoded_again_and_a_broken_map_says_what_to_delete(tmp_path, out):
+    write_pictures(tmp_path, 7)
+    config = ImageConfig(size=8, channels=3)
+    first = load(str(tmp_path), config)
+    write_pictures(tmp_path, 6)
+    load.cache_clear()
+    assert len(load(str(tmp_path), config).train) < len(first.train)
+    for path in (out / "runs" / "images").rglob("train.npy"):
+        path.write_bytes(b"")
+    load.cache_clear()
+    with pytest.raises(UserError, match="not readable; delete that folder"):
+        load(str(tmp_path), config)
 
 
 @pytest.mark.parametrize(

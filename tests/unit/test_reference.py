@@ -36,7 +36,7 @@ def test_puccettis_numbers_are_those_of_the_released_code_and_say_so():
 def test_unknown_papers_and_items_name_the_known_ones():
     with pytest.raises(UserError, match="unknown paper 'he2023' .did you mean 'he2024'"):
         reference.table("he2023", "table 2")
-    with pytest.raises(UserError, match="known: table 2 OPT-125m"):
+    with pytest.raises(UserError, match="known: figure 41 ViT-B, table 2 OPT-125m"):
         reference.table("he2024", "figure 99")
 
 

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
-from ofutils import dims, families, sweep
+from ofutils import dims, families, reference, sweep, train
 from ofutils.images import ImageConfig
 from ofutils.probes import edit, measure
-from ofutils.studies.vit import runs, sinks
+from ofutils.studies.vit import finetune, runs, sinks
 from ofutils.transformer import Transformer, TransformerConfig, accuracy
 from tests.toys import build
 
@@ -130,3 +131,99 @@ def test_rows_and_claims_at_tiny(out):
     sites = outcomes[0].measured["sites"]
     assert table["inf norm"][0] == max(one["inf_norm"] for one in sites.values())
     assert table["accuracy"][0] == outcomes[0].measured["accuracy"]
+
+
+# ------------------------------------------------------------------------------------ Tables 7 and 8
+
+
+def test_each_method_of_the_tables_is_what_the_papers_row_says():
+    methods = {job.method: job.config.model for job in sweep.read_recipe("10_vit_tables", "small").jobs}
+    rows = [set(reference.table("bondarenko2023", f"table {number} ViT-S/16")["row"]) for number in (7, 8)]
+    assert set(methods) <= (rows[0] | rows[1]) and {"vanilla", "vanilla; patch norm"} <= set(methods)
+    for method, model in methods.items():
+        own, parts, normed = model.attention, method.partition(";")[0].split(), "patch norm" in method
+        assert model.image.norm == normed
+        clipped = parts[0] in ("clipped", "gamma")
+        assert own.alpha == pytest.approx(-200 * float(parts[-1]) if clipped else 0)
+        assert own.zeta == (float(method.split()[-1]) if "zeta" in method else 1)
+        assert own.gate == (parts[1] if parts[0] == "gated" else "none")
+        assert own.pi_init == (float(parts[-1]) if own.gate == "linear" else 0.5) and own.gate_hidden == 4
+    small = {job.config.name for job in sweep.read_recipe("10_vit", "small").jobs}
+    assert len(small & {job.config.name for job in sweep.read_recipe("10_vit_tables", "small").jobs}) == 15
+
+
+def test_rows_stand_beside_the_papers_and_claims_are_computed_alike(out):
+    rows = runs.beside(sweep.read_recipe("10_vit_tables", "tiny", steps=4).run())
+    paper = rows[rows["of"] == "paper"]
+    assert list(paper["table"].value_counts(sort=False)) == [16, 13] and paper["row"].iloc[0] == "vanilla"
+    assert paper["accuracy"].between(0.7, 0.82).all() and paper["tensor kurtosis"].notna().sum() == 16
+    ours = rows[rows["of"] == "seed 1"]
+    assert ours["row"].tolist() == ["vanilla", "vanilla; patch norm", "gated linear 0.5; patch norm", "vanilla"]
+    found = {id.removeprefix("bondarenko2023-vit-"): rest for id, *rest in runs.claims_of_tables(rows, 6.0, 0.05)}
+    said = {id: float(rest[-1].split()[0]) for id, rest in found.items()}
+    by_hand = {"clipped-w8a8": 0.0947, "like-for-like-w8a8": -0.002, "like-for-like-norm": 70.6 / 81.1}
+    by_hand |= {"clipped-normed-accuracy": -0.0019, "gated-normed-accuracy": -0.0006, "zeta-w8a8": -0.0104}
+    by_hand |= {"gamma-best": 197 / 99, "gamma-large": 0.0854, "gamma-zeta": 119 / 99, "patch-norm-w8a8": 0.1038}
+    assert {id: said[id] for id in by_hand} == pytest.approx(by_hand, rel=5e-3)
+    norm = ours.set_index("row")["inf norm"].iloc[:3]
+    (value,) = found["like-for-like-norm"][1]
+    assert value == pytest.approx(norm["gated linear 0.5; patch norm"] / norm["vanilla; patch norm"])
+    assert found["gamma-large"][1].isna().all()  # its row did not run
+
+
+# ------------------------------------------------------------------------------------ fine-tuned
+
+
+def test_a_run_goes_on_to_another_task_under_a_new_head_and_is_recalled(out):
+    (task,) = finetune.tasks("tiny", "digits", steps=4)
+    config = task.config
+    assert (config.model.vocab, config.corpus, config.start) == (10, "digits", task.base.name)
+    assert config.lr == pytest.approx(task.base.lr) and config.weight_decay == 0
+    before, start = train.trained(task.base, lambda *_: None).load().state_dict(), finetune.started(task).state_dict()
+    same = {name for name, one in start.items() if torch.equal(one, before[name])}
+    assert {name for name in start if name not in same} == {"head.weight", "head.bias"}
+    table = finetune.table("tiny", [task])
+    assert finetune.recall(task)["result"]["whole"] == table["whole"][0] and len(table) == 2
+    model = train.find(config).load()
+    pair, rows = finetune.recall(task)["result"]["dims"], sinks.pictures("digits", config.model.image, 10_000)
+    with dims.ablated(model, pair, dims.ALL_NORMS):
+        assert table.set_index("where")["two"]["every norm"] == measure(model, rows, loss=accuracy).loss
+
+
+def test_two_dimensions_that_the_weights_single_out_are_switched_off(batches):
+    model = Transformer(SEEING).eval()
+    with torch.no_grad():
+        for norm in dims.norms(model).values():
+            norm.weight += 0.01 * torch.randn(32)
+            norm.bias += 0.01 * torch.randn(32)
+            norm.weight[7], norm.bias[7], norm.weight[20], norm.bias[20] = 4.0, 3.0, -3.0, -3.0
+    found = finetune.spared(model, batches)
+    assert sorted(found["dims"]) == [7, 20] and found["sigma"] == 3.0
+    with dims.ablated(model, [7, 20]):
+        assert found["norm2"]["two"] == measure(model, batches, loss=accuracy).loss
+    assert finetune.spared(Transformer(SEEING).eval(), batches)["sigma"] == 0  # as it starts nothing stands out
+
+
+def test_the_hubs_model_is_vit_base_and_gets_as_many_classes_as_the_data_have():
+    task = finetune.tasks("paper", "digits", corpus="digits")[0]
+    assert task.base == task.config.start == "google/vit-base-patch16-224-in21k"
+    assert (task.config.model.vocab, task.config.lr, task.config.batch) == (10, 2e-5, 256)
+    with torch.device("meta"):
+        ours = Transformer(task.config.model)
+        theirs = transformers.ViTModel(transformers.ViTConfig(), add_pooling_layer=False)
+    body = sum(one.numel() for name, one in ours.named_parameters() if not name.startswith("head."))
+    assert body == theirs.num_parameters() and task.config.model.norm_eps == theirs.config.layer_norm_eps
+
+
+def test_a_model_of_the_hub_gets_a_new_head_and_is_fine_tuned(out, monkeypatch):
+    theirs = build("vit without a head")
+    body = families.from_hf(theirs)
+    monkeypatch.setattr(finetune.hub, "model", lambda name: theirs)
+    (small,) = finetune.tasks("tiny", "digits", steps=3)
+    model = dataclasses.replace(body.config, vocab=10, head="biased")
+    config = dataclasses.replace(small.config, model=model, start="theirs", steps=2, batch=4)
+    start = finetune.started(finetune.Task("theirs", config))
+    assert all(torch.equal(start.state_dict()[name], one) for name, one in body.state_dict().items())
+    assert start.head.weight.shape == (10, model.width)
+    found = finetune.perform(finetune.Task("theirs", config))["result"]
+    assert 0 <= found["whole"] <= 1 and len(found["dims"]) == 2

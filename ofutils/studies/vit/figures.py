@@ -11,7 +11,7 @@ from ofutils import plots
 from ofutils.images import ImageConfig
 
 #: Colours of methods; what has a norm on its patches has that of the method without.
-COLORS = plots.COLORS | {"zeta 1.004": "#CC79A7"}
+COLORS = plots.COLORS | {"zeta 1.004": "#CC79A7", "LayerScale": "#56B4E9"}
 _LAYERS = {"largest": "largest |entry|", "received": "attention received", "values": "size of values"}
 
 
@@ -67,6 +67,37 @@ def by_method(runs: pd.DataFrame, numbers: dict[str, str], title: str) -> Figure
             plots.log_scale(ax, "x")
     axs[0].set_yticks(range(len(methods)), methods)
     axs[0].invert_yaxis()
+    fig.suptitle(title, x=0, ha="left")
+    return fig
+
+
+def tables(rows: pd.DataFrame, numbers: dict[str, str], title: str) -> Figure:
+    """Tables 7 and 8 as dots: a line a row, in the paper's order; ours by seed, the paper's above as diamonds.
+
+    Args:
+        rows: from `runs.beside`.
+        numbers: column -> what it is called, as in `by_method`; hollow: `W8A8 accuracy`, beside the accuracy.
+    """
+    sizes = rows.groupby("table")["row"].nunique()
+    how = {"sharey": "row", "sharex": "col", "height_ratios": sizes, "layout": "constrained"}
+    fig, axs = plt.subplots(len(sizes), len(numbers), figsize=(13, 1.5 + 0.3 * sizes.sum()), **how)
+    for line, (number, own) in zip(axs, rows.groupby("table"), strict=True):
+        names = list(dict.fromkeys(own["row"]))
+        for paper, part in own.groupby(own["of"] == "paper"):
+            style = {"s": 34, "lw": 1.3, "marker": "D" if paper else "o"}
+            color, places = "#D55E00" if paper else "#0072B2", part["row"].map(names.index) + (0.18 - 0.36 * paper)
+            for ax, column in zip(line, numbers, strict=True):
+                ax.scatter(part[column], places, color=color, label="the paper" if paper else "here", **style)
+            line[0].scatter(part["W8A8 accuracy"], places, facecolor="none", edgecolor=color, **style)
+        line[0].set_yticks(range(len(names)), names)
+        line[0].set_title(f"Table {number}", loc="left")
+        line[0].invert_yaxis()
+        for ax, (column, said) in zip(line, numbers.items(), strict=True):
+            ax.set(xlabel=said)
+            ax.grid(axis="y", lw=0.4)
+            if "accuracy" not in column:
+                plots.log_scale(ax, "x")
+    axs[-1, -1].legend(loc="upper right")
     fig.suptitle(title, x=0, ha="left")
     return fig
 
