@@ -246,7 +246,7 @@ def test_every_verdict_follows_from_the_points_of_the_figure(runs, stated, rules
 SAME, TUNED, RANKS = (
     "norm gains decayed: ",
     "fine-tuned from an attention drawn anew: gates",
-    "over 5 rows of Tables 3 and 6",
+    f"over {len(ROWS)} rows of Tables 3 and 6",
 )
 TABLES = {  # id -> what it says
     "kurtosis-ranks-w8a8": f"{RANKS}, the rank correlation of tensor kurtosis and W8A8 cost is",
