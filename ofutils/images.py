@@ -125,7 +125,17 @@ def _named(has) -> list[str]:
     return [next((one for one in known if one in has), known[0]) for known in _COLUMNS]
 
 
-@lru_cache(maxsize=2)
+def check(source: str) -> None:
+    """Refuse what is neither built in nor there.
+
+    Raises:
+        UserError: an unknown source.
+    """
+    known = f"{params.suggest(source, BUILT_IN)}; built in: {', '.join(BUILT_IN)}"
+    there = source in BUILT_IN or bool(source and Path(source).exists())
+    params.require(there, f"images {source!r}: no such file or folder{known}")
+
+
 def load(source: str, image: ImageConfig) -> Images:
     """The two splits of a source in one size; held out for validation is every fifth image, or digit of scenes.
 
@@ -133,17 +143,21 @@ def load(source: str, image: ImageConfig) -> Images:
     `runs/images`, and again where the files, `size`, `channels` or `NUMERICS` are others; the splits are memory maps.
 
     Args:
-        source: `digits`, `scenes`, a parquet file, or a folder of them, like those of the Hub's uoft-cs/cifar10.
+        source: `digits`, `scenes`, a parquet file, or a folder of them at any depth, like those of the Hub's
+            uoft-cs/cifar10.
         image: its size and channels; digits and scenes are grey, the same in every channel.
 
     Raises:
         UserError: an unknown source, a size that it does not have; a file that is no parquet or lacks a column, a row
-            without a picture or a label.
+            without a picture or a label; fewer than five images.
     """
-    known = f"{params.suggest(source, BUILT_IN)}; built in: {', '.join(BUILT_IN)}"
-    params.require(source in BUILT_IN or Path(source).exists(), f"images {source!r}: no such file or folder{known}")
-    if source not in BUILT_IN:
-        return _of_files(Path(source), image)
+    check(source)
+    return _of_digits(source, image) if source in BUILT_IN else _of_files(Path(source), image)
+
+
+@lru_cache(maxsize=2)
+def _of_digits(source: str, image: ImageConfig) -> Images:
+    """The splits of what is built in."""
     params.require(image.size % 8 == 0, f"{source} have a size that 8 divides, not {image.size}")
     pixels, labels, _ = read("digits")
     held, splits, pixels = np.arange(len(labels)) % 5 == 4, {}, (pixels * 255 / 16).astype(np.uint8)
@@ -170,7 +184,7 @@ def _in_channels(pixels: np.ndarray, labels: np.ndarray, image: ImageConfig) -> 
 
 def _of_files(source: Path, image: ImageConfig) -> Images:
     """The splits as memory maps; written, where the sha256, which comes last, is not there."""
-    paths = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+    paths = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
     params.require(len(paths) > 0, f"images '{source}': no parquet files in that folder")
     seen = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     name = hashlib.sha256(repr((seen, image.size, image.channels)).encode()).hexdigest()[:16]
@@ -183,6 +197,7 @@ def _of_files(source: Path, image: ImageConfig) -> Images:
         loaded = [np.load(path, mmap_mode="r") for path in splits]
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the images in {folder} are not readable; delete that folder") from error
+    params.require(all(map(len, loaded)), f"images '{source}': too few, every fifth one is held out")
     if not whole.is_file():
         write_atomically(whole, lambda temporary: temporary.write_text(_sha256(*loaded)))
     return Images(whole.read_text(), *loaded)
@@ -193,16 +208,18 @@ def _decoded(paths: list[Path], image: ImageConfig, held: bool) -> Iterator[np.n
     from PIL import Image, ImageOps
     from pyarrow.parquet import ParquetFile
 
-    number, mode = 0, "L" if image.channels == 1 else "RGB"
+    number, mode, columns = 0, "L" if image.channels == 1 else "RGB", []
     for path in paths:
         with _readable(path):
             file = ParquetFile(path)
-            columns = _named(file.schema_arrow.names)
+            columns = columns or _named(file.schema_arrow.names)
             for batch in file.iter_batches(_AT_ONCE, columns=columns):
                 own = (np.arange(number, number + len(batch)) % 5 == 4) == held
                 number += len(batch)
                 chosen = batch.filter(own).to_pydict()
                 pictures, labels = (chosen[column] for column in columns)
+                if not all(isinstance(label, int) for label in labels):
+                    raise TypeError("a label is no whole number")
                 opened = (Image.open(BytesIO(one["bytes"])).convert(mode) for one in pictures)
                 if pixels := [np.asarray(ImageOps.fit(one, (image.size, image.size))) for one in opened]:
                     yield _in_channels(np.stack(pixels), np.array(labels, np.uint16), image)

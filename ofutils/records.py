@@ -41,7 +41,7 @@ def digest(kind: str, key: dict, numerics: int = NUMERICS) -> str:
 
 def write_atomically(path: Path, write) -> None:
     """Call `write(temporary_path)`, then rename: the file is whole or it is not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

@@ -124,14 +124,29 @@ def test_files_become_memory_maps_that_hold_what_one_piece_would(tmp_path, out, 
     assert all(isinstance(one, np.memmap) for one in (found.train, found.validation))
     assert [one.tobytes() for one in (found.train, found.validation)] == [one.tobytes() for one in whole]
     assert found.corpus == hashlib.sha256(b"".join(one.tobytes() for one in whole)).hexdigest()
-    load.cache_clear()
     assert load(str(tmp_path), config).corpus == found.corpus and sum(sizes) == 33  # from the folder
     assert load(str(tmp_path), dataclasses.replace(config, size=16)).corpus != found.corpus and sum(sizes) == 66
 
 
+def test_files_of_every_depth_are_read_in_order_and_too_few_images_are_refused(tmp_path, out):
+    (tmp_path / "deep").mkdir()
+    write_pictures(tmp_path / "deep", 4)
+    config = ImageConfig(size=8, channels=3)
+    with pytest.raises(UserError, match="too few"):
+        load(str(tmp_path), config)
+    write_pictures(tmp_path / "deep", 12)
+    assert len(load(str(tmp_path), config).train) == 10 * config.row
+
+
+def test_a_label_that_is_no_whole_number_is_refused(tmp_path, out):
+    rows = pd.DataFrame(write_pictures(tmp_path, 6))
+    rows.assign(label=rows["label"] + 0.5).to_parquet(tmp_path / "0.parquet")
+    with pytest.raises(UserError, match="whole number"):
+        load(str(tmp_path / "0.parquet"), ImageConfig(size=8, channels=3))
+
+
 def test_nothing_half_written_is_read(tmp_path, out):
     write_pictures(tmp_path, 12)
-    load.cache_clear()
     broken = pd.DataFrame([{"image": {"bytes": b"no picture"}, "label": 1}] * 5)
     broken.to_parquet(tmp_path / "last.parquet")
     config = ImageConfig(size=8, channels=3)
@@ -147,11 +162,9 @@ def test_a_changed_file_is_decoded_again_and_a_broken_map_says_what_to_delete(tm
     config = ImageConfig(size=8, channels=3)
     first = load(str(tmp_path), config)
     write_pictures(tmp_path, 6)
-    load.cache_clear()
     assert len(load(str(tmp_path), config).train) < len(first.train)
     for path in (out / "runs" / "images").rglob("train.npy"):
         path.write_bytes(b"")
-    load.cache_clear()
     with pytest.raises(UserError, match="not readable; delete that folder"):
         load(str(tmp_path), config)
 

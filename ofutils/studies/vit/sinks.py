@@ -30,7 +30,7 @@ def plain(pixels: Tensor, image: ImageConfig) -> Tensor:
 
 
 def pictures(source: str, image: ImageConfig, count: int = 256) -> list[dict[str, Tensor]]:
-    """Held-out images, the same at every call: so many, or all there are; see `images.load`."""
+    """Held-out images in whole batches, the same at every call: at most so many; see `images.load`."""
     held = load(source, image).validation
     rows = min(64, count, len(held) // image.row)
     return fixed_batches(held, count // rows, rows, image.row, image)
