@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import pandas as pd
 
-from ofutils import laboratory, sweep
+from ofutils import laboratory, params, sweep
 from ofutils.metrics import READ_AT
 
 #: The columns of `one_table`, and what they are called.
@@ -65,6 +65,7 @@ def over_training(outcomes: list[sweep.Outcome]) -> pd.DataFrame:
 def in_the_laboratory(recipe: sweep.Recipe) -> pd.DataFrame:
     """The same of a recipe of the laboratory, whose `loss` is above that of the true predictor; and `sink`."""
     found = laboratory.table(recipe)
+    params.require(len(found) > 0, f"no run is recorded: python -m ofutils.sweep {recipe.name} --scale small")
     return found.rename(columns={"above bound": "loss", "max inf norm": "norm"})
 
 
