@@ -97,6 +97,7 @@ def _strips(own: pd.DataFrame, column: str, said: str, title: str) -> Figure:
         sns.stripplot(
             shown, x=quantity, y=column, hue=column, palette="viridis", jitter=False, size=5, ax=ax, legend=False
         )
+        ax.locator_params(axis="x", nbins=4)
         ax.set(xlabel=words, ylabel=said)
     plots.log_scale(axs[0], "x")
     plots.log_scale(axs[3], "x")
@@ -127,11 +128,12 @@ def alphas(grids: pd.DataFrame, title: str) -> Figure:
     for ax, (column, said) in zip(axs, wanted.items(), strict=True):
         style = {"x": "alpha", "y": column, "hue": "T", "palette": "viridis", "ax": ax}
         sns.lineplot(own, units="seed", estimator=None, lw=0.6, alpha=0.5, legend=False, **style)
-        sns.lineplot(own, estimator="median", errorbar=None, marker="o", lw=2, legend=ax is axs[0], **style)
+        sns.lineplot(own, estimator="median", errorbar=None, marker="o", lw=2, legend=ax is axs[2], **style)
         ax.set(ylabel=said, xlabel="alpha (gamma = -alpha / T); 0 is vanilla")
     plots.log_scale(axs[1], "y")
     axs[0].axhline(0, color="0.7", lw=0.8, ls="--")
-    sns.move_legend(axs[0], "upper left", title="T, tokens of a row")
+    axs[0].set_yscale("symlog", linthresh=0.01)
+    sns.move_legend(axs[2], "center left", bbox_to_anchor=(1, 0.5), title="T, tokens of a row")
     fig.suptitle(title, x=0, ha="left")
     return fig
 
