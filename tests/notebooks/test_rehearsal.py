@@ -36,7 +36,7 @@ def no_records(corpus):
 
 
 def records_of_03_quant(corpus):
-    for name in ("03_quant", "03_quant_tables", "03_quant_larger"):
+    for name in ("03_quant", "03_quant_tables", "03_quant_bert", "03_quant_larger"):
         write_records(sweep.read_recipe(name, "paper", steps=8, corpus=corpus))
     found = {"inf_norm": 5.0, "tensor_kurtosis": 9.0}
     sites = {f"blocks.{block}.{site}": found for block in range(24) for site in ("attn_out", "resid_post")}

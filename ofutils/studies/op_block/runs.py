@@ -16,10 +16,11 @@ def at_start(outcomes: list[sweep.Outcome], tokens: data.Tokens) -> pd.Series:
     """The largest kurtosis less 1 over the blocks' inputs before the first step, by method and seed.
 
     Args:
+        outcomes: runs; those of one method and seed begin with the same weights, at whatever rate.
         tokens: of the corpus that the runs were trained on.
     """
     found = {}
-    for one in outcomes:
+    for one in {(one.job.method, one.job.config.seed): one for one in outcomes}.values():
         config, context = one.job.config, one.job.config.model.context
         torch.manual_seed(config.seed)
         rows = fixed_batches(tokens.validation, 1, min(config.batch, len(tokens.validation) // context), context)
