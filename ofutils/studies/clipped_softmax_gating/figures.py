@@ -116,9 +116,8 @@ def alphas(grids: pd.DataFrame, title: str) -> Figure:
     plain = own[own["alpha"] == 0].set_index(["context", "seed"])["loss"]
     at = pd.MultiIndex.from_frame(own[["context", "seed"]])
     lengths = own["context"].astype(str) + own["row_aware"].map({True: ", gamma = -alpha / t", False: ""})
-    own = own.assign(change=own["loss"] - plain.reindex(at).to_numpy(), T=lengths).sort_values(
-        ["row_aware", "context"]
-    )
+    own = own.assign(change=own["loss"] - plain.reindex(at).to_numpy(), T=lengths)
+    own = own.sort_values(["row_aware", "context"])
     fig, axs = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     wanted = {
         "change": "loss above vanilla's, nats",
@@ -133,6 +132,7 @@ def alphas(grids: pd.DataFrame, title: str) -> Figure:
     plots.log_scale(axs[1], "y")
     axs[0].axhline(0, color="0.7", lw=0.8, ls="--")
     axs[0].set_yscale("symlog", linthresh=0.01)
+    axs[0].set_ylim(top=2 * own["change"].max())
     sns.move_legend(axs[2], "center left", bbox_to_anchor=(1, 0.5), title="T, tokens of a row")
     fig.suptitle(title, x=0, ha="left")
     return fig
